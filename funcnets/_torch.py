@@ -1,0 +1,132 @@
+"""What torch keeps private and funcnets needs, in one place. Written for torch 2.11 to 2.15.
+
+Three things have no public name: whether a torch.func transform or a trace is under way, the
+tensor below the wrappers of the transforms, and the way from a recorded graph to a compiler that
+does not have Dynamo read the Python code again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import _functorch
+from torch._C._dynamo.guards import TensorGuards
+from torch._dynamo.backends.registry import lookup_backend
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+# The conditional and the loops as one node of a graph.
+cond_node = torch.ops.higher_order.cond
+scan_node = torch.ops.higher_order.scan
+while_node = torch.ops.higher_order.while_loop
+
+
+def transforming() -> bool:
+    """Whether a torch.func transform (grad, vmap, jvp, ...) is under way."""
+    return _functorch.peek_interpreter_stack() is not None
+
+
+def tracing() -> bool:
+    """Whether `trace` records what runs."""
+    return get_proxy_mode() is not None
+
+
+def abstract() -> bool:
+    """Whether tensors have shapes and no values: under tracing and under FakeTensorMode."""
+    mode = _get_current_dispatch_mode()
+    return isinstance(mode, FakeTensorMode) or tracing()
+
+
+def inlining() -> bool:
+    """Whether a compiled function must run as the plain one: something around it looks inside."""
+    return (
+        transforming()
+        or _get_current_dispatch_mode() is not None
+        or torch.compiler.is_dynamo_compiling()
+    )
+
+
+def batched(tensor: Tensor) -> bool:
+    """Whether the tensor holds one value per member of a vmap under way, at any depth."""
+    while _functorch.is_functorch_wrapped_tensor(tensor):
+        if _functorch.is_batchedtensor(tensor):
+            return True
+        tensor = _functorch.get_unwrapped(tensor)
+    return False
+
+
+def physical(tensor: Tensor) -> Tensor:
+    """The tensor below all wrappers of the transforms under way, members and all."""
+    while _functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = _functorch.get_unwrapped(tensor)
+    return tensor
+
+
+def distinct(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[int]]:
+    """Tensors that share no memory, as nodes of a graph want their operands.
+
+    Every tensor once, copied where it shares the memory of an earlier one; and for each of the
+    tensors given, its place among these.
+    """
+    places: dict[int, int] = {}
+    storages: set[int] = set()
+    apart: list[Tensor] = []
+    for tensor in tensors:
+        if id(tensor) in places:
+            continue
+        places[id(tensor)] = len(apart)
+        storage = tensor.untyped_storage()._cdata
+        apart.append(tensor.clone() if storage in storages else tensor)
+        storages.add(storage)
+    return apart, [places[id(tensor)] for tensor in tensors]
+
+
+@contextlib.contextmanager
+def shapes_only() -> Iterator[FakeTensorMode]:
+    """Inside, operations compute shapes and dtypes, and no numbers."""
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        yield mode
+
+
+def trace(
+    f: Callable[..., Any], tensors: list[Tensor]
+) -> tuple[GraphModule, list[Tensor], FakeTensorMode]:
+    """The operations that ``f(*tensors)`` carries out, transforms resolved, as a graph.
+
+    With it the stand-ins for the tensors that it was recorded with, and their mode.
+    """
+    # A mode of our own, for make_fx's has no ShapeEnv, and a recorded while loop wants one.
+    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True)
+    inputs = [mode.from_tensor(tensor, static_shapes=True) for tensor in tensors]
+    with mode:
+        graph = make_fx(f)(*inputs)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    return graph, inputs, mode
+
+
+def compile_graph(
+    graph: GraphModule,
+    inputs: list[Tensor],
+    mode: FakeTensorMode,
+    backend: str | Callable[..., Any],
+) -> Callable[..., Any]:
+    """Hands a graph to a backend of torch.compile (a name or a function) as Dynamo would."""
+    with torch._guards.tracing(torch._guards.TracingContext(mode)):
+        return lookup_backend(backend)(graph, inputs)
+
+
+def guard(tensors: list[Tensor]) -> Callable[..., bool]:
+    """A check that tensors have the shapes, strides, dtypes, devices, classes of these."""
+    return TensorGuards(
+        *tensors,
+        dynamic_dims_sizes=[list(tensor.shape) for tensor in tensors],
+        dynamic_dims_strides=[list(tensor.stride()) for tensor in tensors],
+    ).check

@@ -1,0 +1,162 @@
+"""Each sample of a batch down its own path."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from funcnets import _torch, tree
+from funcnets.control.borrow import borrow
+from funcnets.control.cond import cond
+from funcnets.control.outputs import check_agreement, check_tensors, describe
+
+
+def route(
+    index: Bool[Tensor, "batch"] | Int[Tensor, "batch"],
+    branches: Sequence[Callable[..., Any]],
+    params: Any,
+    *inputs: Any,
+) -> Any:
+    """Sends each sample of a batch through one of several branches.
+
+    Sample i of the result is sample i of ``branches[index[i]](params, *inputs)``, and in eager each
+    branch is run once, on its own samples alone: what a branch costs is paid for the samples that
+    take it. Order is kept, a branch that no sample takes does not run, and gradients flow to the
+    parameters and inputs through the branches taken.
+
+    Compiled, and where the index differs between the members of a vmap, shapes cannot depend on
+    the numbers: a branch that some sample takes then runs on the whole batch and its results are
+    selected (compiled, a branch that none takes is still skipped). A sample's result must
+    therefore not depend on the other samples of the batch.
+
+    Args:
+        index: integers from 0 to ``len(branches) - 1``, or booleans (False takes branch 0).
+        branches: each takes ``params`` whole and the samples of ``inputs`` that are its own, with
+            the batch in front, and returns a tree of tensors with that batch in front.
+        params: a tree shared by all samples.
+        inputs: trees of tensors ``[batch, ...]``.
+
+    Raises:
+        TypeError: the index is no vector of integers or booleans; an output is no tensor.
+        ValueError: an input has another batch, the index is out of range (compiled: clamped), or
+            the outputs disagree in structure, shape or dtype.
+
+    >>> x = torch.tensor([1.0, 2.0, 3.0])
+    >>> route(x > 1.5, [lambda w, x: x, lambda w, x: w * x], torch.tensor(10.0), x)
+    tensor([ 1., 20., 30.])
+    """
+    branches = list(branches)
+    _check(index, branches, inputs)
+    if index.dtype == torch.bool:
+        index = index.to(torch.int64)
+    if _torch.batched(index) or _torch.abstract():
+        return _select(index, branches, params, inputs)
+    return _gather(index, branches, params, inputs)
+
+
+def _gather(index: Tensor, branches: list[Any], params: Any, inputs: tuple[Any, ...]) -> Any:
+    sizes = _sizes(index, len(branches))
+    taken = [place for place, size in enumerate(sizes) if size] or [0]
+    if len(taken) == 1:
+        output = branches[taken[0]](params, *inputs)
+        _check_output(taken[0], output, len(index))
+        return output
+    order = index.argsort(stable=True)
+    outputs = []
+    for place, rows in zip(taken, order.split([sizes[t] for t in taken]), strict=True):
+        own = tree.map(lambda x, rows=rows: x.index_select(0, rows), inputs)
+        output = branches[place](params, *own)
+        _check_output(place, output, len(rows))
+        outputs.append(output)
+    _check_agreement(taken, outputs)
+    back = order.argsort()
+    return tree.map(lambda *parts: torch.cat(parts).index_select(0, back), *outputs)
+
+
+def _sizes(index: Tensor, count: int) -> list[int]:
+    index = _torch.physical(index)
+    if len(index) and not 0 <= int(index.min()) <= int(index.max()) < count:
+        raise ValueError(
+            f"route: index: expected values from 0 to {count - 1}, "
+            f"got values from {int(index.min())} to {int(index.max())}"
+        )
+    return torch.bincount(index, minlength=count).tolist()
+
+
+def _select(index: Tensor, branches: list[Any], params: Any, inputs: tuple[Any, ...]) -> Any:
+    index = index.clamp(0, len(branches) - 1)
+    output = None
+    for place, branch in enumerate(branches):
+        mine = index == place
+        if not _torch.abstract() and not _torch.physical(mine).any():
+            continue
+
+        def run(before: Any, mine: Tensor, params: Any, *inputs: Any, branch: Any = branch) -> Any:
+            after = branch(params, *tree.map(lambda x: _own(mine, x), inputs))
+            return tree.map(
+                lambda a, b: torch.where(mine.reshape(-1, *[1] * (a.ndim - 1)), a, b), after, before
+            )
+
+        if output is None:
+            # For its shapes only; nothing of it is used, so a compiler drops it.
+            output = tree.map(torch.zeros_like, branch(params, *inputs))
+            _check_output(place, output, len(index))
+            first = place
+        else:
+            _check_agreement([first, place], [output, branch(params, *inputs)])
+        operands = (output, mine, params, *inputs)
+        if _torch.batched(mine):
+            output = run(*operands)
+        else:
+            output = cond(
+                mine.any(), run, lambda before, *_: tree.map(torch.clone, before), operands
+            )
+    return output
+
+
+def _own(mine: Tensor, x: Tensor) -> Tensor:
+    """x with, for samples that go elsewhere, a sample that comes here (see `borrow`)."""
+    if not len(x):
+        return x
+    lent = x.index_select(0, mine.to(torch.int8).argmax(0, keepdim=True))
+    own = torch.where(mine.reshape(-1, *[1] * (x.ndim - 1)), x, lent)
+    return borrow(mine.any(), own)
+
+
+def _check(index: Tensor, branches: list[Any], inputs: tuple[Any, ...]) -> None:
+    if not isinstance(index, Tensor) or index.dtype.is_floating_point or index.ndim != 1:
+        raise TypeError(
+            f"route: index: expected integers or booleans of shape [batch], "
+            f"got {tree.describe(index)}"
+        )
+    if not branches:
+        raise ValueError("route: expected at least one branch, got none")
+    if index.dtype == torch.bool and len(branches) > 2:
+        raise ValueError(f"route: expected 2 branches for a boolean index, got {len(branches)}")
+    for path, leaf in tree.leaves_with_path(inputs):
+        if not isinstance(leaf, Tensor) or not leaf.ndim or len(leaf) != len(index):
+            raise ValueError(
+                f"route: inputs: {tree.join(path)}: expected a batch of {len(index)} "
+                f"(the length of the index), got {tree.describe(leaf)}"
+            )
+
+
+def _check_output(place: int, output: Any, batch: int) -> None:
+    check_tensors("route", f"branch {place}", output)
+    for path, leaf in tree.leaves_with_path(output):
+        if not leaf.ndim or len(leaf) != batch:
+            raise ValueError(
+                f"route: branch {place}: {tree.join(path)}: expected a batch of {batch}, "
+                f"got {tree.describe(leaf)}"
+            )
+
+
+def _check_agreement(places: list[int], outputs: list[Any]) -> None:
+    """Equal outputs but for the batch, which is each branch's own."""
+    samples = [describe(tree.map(lambda x: x[:0], output)) for output in outputs]
+    for place, sample in zip(places[1:], samples[1:], strict=True):
+        check_agreement("route", (f"branch {places[0]}", samples[0]), (f"branch {place}", sample))

@@ -1,0 +1,37 @@
+"""Settings of the whole suite: the Hypothesis profile, and signatures checked at run time."""
+
+import os
+
+import hypothesis
+
+# Dynamo cannot trace checked functions: tests marked `dynamo` run in a process of their own,
+# started by tests/test_dynamo.py, with the checks off.
+UNCHECKED = os.environ.get("FUNCNETS_UNCHECKED") == "1"
+if not UNCHECKED:
+    from jaxtyping import install_import_hook
+
+    install_import_hook("funcnets", "beartype.beartype")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+hypothesis.settings.register_profile(
+    "ci", max_examples=15, deadline=None, derandomize=True, print_blob=True
+)
+hypothesis.settings.load_profile("ci")
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if (item.get_closest_marker("dynamo") is not None) != UNCHECKED:
+            reason = "runs unchecked, in tests/test_dynamo.py" if not UNCHECKED else "runs checked"
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def _global_generator_untouched():
+    """No test may find that the library read or advanced torch's global generator."""
+    before = torch.get_rng_state()
+    yield
+    # Tests that build torch.nn references draw from it themselves, inside torch.random.fork_rng.
+    assert torch.equal(before, torch.get_rng_state()), "the global generator was advanced"
