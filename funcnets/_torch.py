@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -95,38 +95,54 @@ def shapes_only() -> Iterator[FakeTensorMode]:
         yield mode
 
 
-def trace(
-    f: Callable[..., Any], tensors: list[Tensor]
-) -> tuple[GraphModule, list[Tensor], FakeTensorMode]:
-    """The operations that ``f(*tensors)`` carries out, transforms resolved, as a graph.
+class Recorded(NamedTuple):
+    """A graph, the stand-ins for tensors that it was recorded with, and their mode."""
 
-    With it the stand-ins for the tensors that it was recorded with, and their mode.
-    """
+    graph: GraphModule
+    inputs: list[Tensor]
+    mode: FakeTensorMode
+
+
+def trace(f: Callable[..., Any], tensors: list[Tensor]) -> Recorded:
+    """The operations that ``f(*tensors)`` carries out, transforms resolved."""
     # A mode of our own, for make_fx's has no ShapeEnv, and a recorded while loop wants one.
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True)
-    inputs = [mode.from_tensor(tensor, static_shapes=True) for tensor in tensors]
     with mode:
+        # Made anew, not by mode.from_tensor: that would give an argument and the same tensor closed
+        # over one stand-in, and with it one memory.
+        inputs = [
+            torch.empty_strided(
+                tensor.shape,
+                tensor.stride(),
+                dtype=tensor.dtype,
+                device=tensor.device,
+                requires_grad=tensor.requires_grad,
+            )
+            for tensor in tensors
+        ]
         graph = make_fx(f)(*inputs)
     graph.graph.eliminate_dead_code()
     graph.recompile()
-    return graph, inputs, mode
+    return Recorded(graph, inputs, mode)
 
 
-def compile_graph(
-    graph: GraphModule,
-    inputs: list[Tensor],
-    mode: FakeTensorMode,
-    backend: str | Callable[..., Any],
-) -> Callable[..., Any]:
+def holds_loop(recorded: Recorded) -> bool:
+    """Whether there is a while loop in the graph or in a branch of it.
+
+    Its reverse derivative in torch (2.15) was found wrong for a loop whose length depends on data.
+    """
+    parts = [part for part in recorded.graph.modules() if isinstance(part, GraphModule)]
+    return any(node.target is while_node for part in parts for node in part.graph.nodes)
+
+
+def compile_graph(recorded: Recorded, backend: str | Callable[..., Any]) -> Callable[..., Any]:
     """Hands a graph to a backend of torch.compile (a name or a function) as Dynamo would."""
-    with torch._guards.tracing(torch._guards.TracingContext(mode)):
-        return lookup_backend(backend)(graph, inputs)
+    with torch._guards.tracing(torch._guards.TracingContext(recorded.mode)):
+        return lookup_backend(backend)(recorded.graph, recorded.inputs)
 
 
 def guard(tensors: list[Tensor]) -> Callable[..., bool]:
     """A check that tensors have the shapes, strides, dtypes, devices, classes of these."""
-    return TensorGuards(
-        *tensors,
-        dynamic_dims_sizes=[list(tensor.shape) for tensor in tensors],
-        dynamic_dims_strides=[list(tensor.stride()) for tensor in tensors],
-    ).check
+    sizes: list[Any] = [list(tensor.shape) for tensor in tensors]
+    strides: list[Any] = [list(tensor.stride()) for tensor in tensors]
+    return TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check

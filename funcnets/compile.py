@@ -31,7 +31,9 @@ def compile(
     with ``jax.jit``: ``grad``, ``vmap`` and ``jvp`` in it are resolved, `funcnets.cond` stays a
     conditional, and the record is compiled. Calls with the same structure, shapes, strides and
     dtypes run the compiled code; others compile again. A compiled function called inside a
-    transform, or inside another compiled function, is the plain function.
+    transform, or inside another compiled function, is the plain function. Where arguments require
+    grad, the result can be differentiated with backward() as that of torch.compile; conditionals
+    and loops inside are better differentiated inside, with ``torch.func.grad``.
 
     Args:
         f: takes and returns trees whose leaves are tensors. Every other leaf of the arguments (a
@@ -41,7 +43,7 @@ def compile(
             parameters and the optimizer state of a training step. A donated tensor cannot be used
             afterwards: any attempt is an error.
         static: arguments that are constants as a whole, such as a config; they must be hashable.
-        backend: a backend of torch.compile; ``"aot_eager"`` runs the recorded operations one by one.
+        backend: a backend of torch.compile; ``"aot_eager"`` runs the record one by one.
 
     Raises:
         TypeError: an argument that is neither a tensor nor hashable; it names the place.
@@ -97,11 +99,18 @@ class Compiled:
             raise self._unhashable(args, kwargs) from None
         for entry in entries:
             if entry.matches(*tensors):
-                break
-        else:
-            entry = self._compile(args, kwargs, leaves, structure, tensors)
-            self._entries.setdefault(key, []).append(entry)
-            self._warn_if_many(structure)
+                return entry.run(tensors)
+        for path, leaf in tree.leaves_with_path({"args": args, "kwargs": kwargs}):
+            if isinstance(leaf, Donated):
+                raise RuntimeError(f"{self._where(path)}: {Donated.message}")
+        # The quick check says no to a tensor given twice, too.
+        signature = _signature(tensors)
+        for entry in entries:
+            if entry.signature == signature:
+                return entry.run(tensors)
+        entry = self._compile(args, kwargs, leaves, structure, tensors)
+        self._entries.setdefault(key, []).append(entry)
+        self._warn_if_many(structure)
         return entry.run(tensors)
 
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
@@ -110,9 +119,6 @@ class Compiled:
     def _compile(
         self, args: Any, kwargs: Any, leaves: list[Any], structure: Any, tensors: list[Tensor]
     ) -> _Entry:
-        for path, leaf in tree.leaves_with_path({"args": args, "kwargs": kwargs}):
-            if isinstance(leaf, Donated):
-                raise RuntimeError(f"{self._where(path)}: {Donated.message}")
         given = {
             id(leaf)
             for place, argument in [*enumerate(args), *kwargs.items()]
@@ -120,10 +126,25 @@ class Compiled:
             for leaf in tree.leaves(argument)
         }
         donated = [place for place, tensor in enumerate(tensors) if id(tensor) in given]
-        recorded, outputs = _trace(self._f, leaves, structure, tensors, donated)
-        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-            compiled = _torch.compile_graph(*recorded, self._backend)
-        return _Entry(_torch.guard(tensors), compiled, outputs, donated, self._name)
+        recorded, outputs = _record(self._f, leaves, structure, tensors, donated)
+        differentiated = any(tensor.requires_grad for tensor in tensors)
+        try:
+            if differentiated and _torch.holds_loop(recorded):
+                raise NotImplementedError(
+                    "torch's own derivative of a while loop is not to be used"
+                )
+            # The record has the casts of autocast in it; the backend must not add them again.
+            with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+                compiled = _torch.compile_graph(recorded, self._backend)
+        except Exception as error:
+            if not differentiated:
+                raise
+            raise RuntimeError(
+                f"{self._name}: cannot be differentiated from outside, as its arguments that "
+                "require grad ask; take the gradient inside it with torch.func.grad"
+            ) from error
+        matches, signature = _torch.guard(tensors), _signature(tensors)
+        return _Entry(matches, signature, compiled, outputs, donated, self._name)
 
     def _wrap_static(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
         return (
@@ -155,7 +176,7 @@ class Compiled:
     def _name(self) -> str:
         return getattr(self._f, "__qualname__", type(self._f).__name__)
 
-    def _where(self, path: tree.Path) -> str:
+    def _where(self, path: tuple[str, ...]) -> str:
         """The name of an argument's leaf: ``step: params.fc1.weight``."""
         try:
             names = list(inspect.signature(self._f).parameters)
@@ -205,6 +226,7 @@ class _Entry(NamedTuple):
     """One compiled graph, and which calls it serves."""
 
     matches: Callable[..., bool]
+    signature: list[Any]
     compiled: Callable[..., Any]
     outputs: _Outputs
     donated: list[int]
@@ -237,13 +259,13 @@ class _Entry(NamedTuple):
             )
 
 
-def _trace(
+def _record(
     f: Callable[..., Any],
     leaves: list[Any],
     structure: Any,
     tensors: list[Tensor],
     donated: list[int],
-) -> tuple[Any, _Outputs]:
+) -> tuple[_torch.Recorded, _Outputs]:
     """Records f for these arguments, with the results written over the donated tensors."""
     outputs = _Outputs(None, [])
 
@@ -330,6 +352,10 @@ def _places(f: Callable[..., Any], names: str | int | Sequence[str | int]) -> fr
         position = parameters.index(name) if isinstance(name, str) else name
         found |= {position, *parameters[position : position + 1]}
     return frozenset(found)
+
+
+def _signature(tensors: list[Tensor]) -> list[Any]:
+    return [(type(t), t.requires_grad, t.stride(), *_kind(t)) for t in tensors]
 
 
 def _ambient() -> tuple[Any, ...]:

@@ -27,7 +27,7 @@ class _Borrow(torch.autograd.Function):
     """The identity for members whose ``mine`` is true; vmap does the work."""
 
     @staticmethod
-    def forward(mine: Tensor, operand: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(mine: Tensor, operand: Tensor) -> Tensor:
         return operand.clone()
 
     @staticmethod
@@ -38,7 +38,7 @@ class _Borrow(torch.autograd.Function):
             ctx.mark_non_differentiable(output)
 
     @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> tuple[None, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[None, Tensor]:
         (mine,) = ctx.saved_tensors
         return None, cotangent.masked_fill(~mine, 0)
 

@@ -24,8 +24,9 @@ def lift(f: Callable[..., Any]) -> tuple[list[Tensor], Callable[[tuple[Tensor, .
     object stay where they are: they are constants.
 
     >>> import torch
-    >>> w = torch.tensor(3.0)
-    >>> tensors, build = lift(lambda x: w * x)
+    >>> def times(w):
+    ...     return lambda x: w * x
+    >>> tensors, build = lift(times(torch.tensor(3.0)))
     >>> tensors, build((torch.tensor(5.0),))(2)
     ([tensor(3.)], tensor(10.))
     """
@@ -48,12 +49,11 @@ class Opaque:
 def _lift(value: Any, tensors: list[Tensor], inside: set[int]) -> Build | None:
     """How to build ``value`` around other tensors; None where it holds none."""
     if isinstance(value, Tensor):
-        for place, known in enumerate(tensors):
-            if known is value:
-                break
-        else:
-            place = len(tensors)
+        known = [id(tensor) for tensor in tensors]
+        if id(value) not in known:
+            known.append(id(value))
             tensors.append(value)
+        place = known.index(id(value))
         return lambda new: new[place]
     if id(value) in inside:  # a function that refers to itself
         return None
@@ -64,10 +64,7 @@ def _lift(value: Any, tensors: list[Tensor], inside: set[int]) -> Build | None:
         parts = _lift_all([value.func, *value.args, *value.keywords.values()], tensors, inside)
         if parts is None:
             return None
-        n = 1 + len(value.args)
-        return lambda new: functools.partial(
-            (made := parts(new))[0], *made[1:n], **dict(zip(value.keywords, made[n:], strict=True))
-        )
+        return _partial(parts, len(value.args), list(value.keywords))
     if isinstance(value, types.MethodType):
         method = _lift(value.__func__, tensors, inside)
         return None if method is None else lambda new: types.MethodType(method(new), value.__self__)
@@ -92,6 +89,16 @@ def _lift_function(f: types.FunctionType, tensors: list[Tensor], inside: set[int
         copy = types.FunctionType(f.__code__, f.__globals__, f.__name__, defaults, closure)
         copy.__kwdefaults__ = {name: next(made) for name in keywords}
         return copy
+
+    return build
+
+
+def _partial(
+    parts: Callable[[tuple[Tensor, ...]], list[Any]], count: int, names: list[str]
+) -> Build:
+    def build(new: tuple[Tensor, ...]) -> Any:
+        f, *made = parts(new)
+        return functools.partial(f, *made[:count], **dict(zip(names, made[count:], strict=True)))
 
     return build
 

@@ -23,7 +23,7 @@ from funcnets.control.outputs import (
 
 
 def cond(
-    pred: bool | Bool[Tensor, ""] | Bool[Tensor, "1"],
+    pred: bool | Bool[Tensor, ""] | Bool[Tensor, 1],
     true_fn: Callable[..., Any],
     false_fn: Callable[..., Any],
     operands: Sequence[Any] = (),
@@ -62,7 +62,7 @@ def cond(
 
 
 def switch(
-    index: int | Int[Tensor, ""] | Int[Tensor, "1"],
+    index: int | Int[Tensor, ""] | Int[Tensor, 1],
     branches: Sequence[Callable[..., Any]],
     operands: Sequence[Any] = (),
 ) -> Any:
@@ -112,7 +112,7 @@ def _cond(name: str, pred: Any, branches: Any, labels: Any, operands: tuple[Any,
     if not isinstance(pred, Tensor):
         return branches[0 if pred else 1](*operands)
     if torch.compiler.is_dynamo_compiling():
-        return torch.cond(pred, *branches, operands)
+        return torch.cond(pred, branches[0], branches[1], operands)
     if _torch.batched(pred):
         return _both(name, pred, branches, labels, operands)
     if _torch.tracing():

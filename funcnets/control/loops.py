@@ -187,7 +187,7 @@ class _While(torch.autograd.Function):
     """A recorded while loop, with the rules that torch.func asks for."""
 
     @staticmethod
-    def forward(predicate: Any, body: Any, count: int, *tensors: Tensor) -> Any:  # type: ignore[override]
+    def forward(predicate: Any, body: Any, count: int, *tensors: Tensor) -> Any:
         carried = [t.clone(memory_format=torch.contiguous_format) for t in tensors[:count]]
         constants, places = _torch.distinct(tensors[count:])
 
@@ -212,7 +212,7 @@ class _While(torch.autograd.Function):
         ctx.mark_non_differentiable(*(o for o in output if not o.is_floating_point()))
 
     @staticmethod
-    def backward(ctx: Any, *cotangents: Any) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, *cotangents: Any) -> Any:
         raise RuntimeError(
             "while_loop: a compiled loop whose number of turns is unknown has no reverse-mode "
             "derivative; give max_steps, use scan, or run it eager"
@@ -244,10 +244,9 @@ class _While(torch.autograd.Function):
                 outputs = ctx.body(*inputs)
                 return tuple(outputs[i] for i in moving), outputs
 
-            _, pushed, outputs = jvp(
-                partially, tuple(primals[i] for i in varied), tuple(directions), has_aux=True
-            )
-            return (*outputs, *pushed)
+            along = tuple(primals[i] for i in varied)
+            result: Any = jvp(partially, along, tuple(directions), has_aux=True)
+            return (*result[2], *result[1])
 
         outputs = _While.apply(
             Opaque(lambda *now: ctx.predicate(*numbers(now))),

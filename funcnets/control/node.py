@@ -50,7 +50,7 @@ class _Apply(torch.autograd.Function):
     """Gives a Node the rules that torch.func asks for."""
 
     @staticmethod
-    def forward(node: Node, *tensors: Tensor) -> Tensors:  # type: ignore[override]
+    def forward(node: Node, *tensors: Tensor) -> Tensors:
         return node.run(node.functions, tensors[: node.fixed], tensors[node.fixed :])
 
     @staticmethod
@@ -62,7 +62,7 @@ class _Apply(torch.autograd.Function):
         ctx.mark_non_differentiable(*(o for o in output if not o.is_floating_point()))
 
     @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
         node, tensors = ctx.node, ctx.saved_tensors
         operands = tensors[node.fixed :]
         wanted = [
@@ -83,7 +83,7 @@ class _Apply(torch.autograd.Function):
                     outputs = f(*primals)
                     return tuple(outputs[i] for i in given)
 
-                _, pull = vjp(partially, *(both[i] for i in wanted))
+                pull = vjp(partially, *(both[i] for i in wanted))[1]
                 return pull(both[count:])
 
             return gradients

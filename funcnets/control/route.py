@@ -16,7 +16,7 @@ from funcnets.control.outputs import check_agreement, check_tensors, describe
 
 
 def route(
-    index: Bool[Tensor, "batch"] | Int[Tensor, "batch"],
+    index: Bool[Tensor, batch] | Int[Tensor, batch],
     branches: Sequence[Callable[..., Any]],
     params: Any,
     *inputs: Any,
