@@ -1,0 +1,127 @@
+"""A model: a pair of functions, and what it takes to make the pair again."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+
+from funcnets import random, tree
+from funcnets.tree.flatten import entries
+
+
+@dataclass(frozen=True)
+class Model:
+    """A network as two functions. Anything with these two will do: ``Model(init=..., apply=...)``.
+
+    Attributes:
+        init: ``init(key) -> params``.
+        apply: ``apply(params, *inputs, train=False, key=None)``; the outputs, and with
+            ``train=True`` the pair of the outputs and the new buffers.
+        family: the module of funcnets.models that can make the model again; None for one's own.
+        config: the family's configuration, a frozen dataclass.
+
+    >>> model = Model(init=lambda key: {"w": random.normal(key)}, apply=lambda p, x: p["w"] * x)
+    >>> model.apply({"w": 2}, 3)
+    6
+    """
+
+    init: Callable[..., Any]
+    apply: Callable[..., Any]
+    family: str | None = None
+    config: Any = None
+
+
+def bind(family: str, config: Any, init: Callable[..., Any], forward: Callable[..., Any]) -> Model:
+    """The model of one configuration of a family.
+
+    Its ``apply`` first compares the names and shapes of the parameters with those that ``init``
+    gives, so that an error says where in the tree it lies.
+
+    Args:
+        family: the name of the module in funcnets.models.
+        config: the configuration, a frozen dataclass.
+        init: ``init(key, config) -> params``.
+        forward: ``forward(params, *inputs, config, train=False, key=None)``.
+    """
+
+    def bound_init(key: random.Key) -> Any:
+        return init(key, config=config)
+
+    @functools.cache
+    def expected() -> tuple[Any, Any]:
+        specs = parameter_specs(bound_init)
+        return specs, _sizes(specs)
+
+    def apply(params: Any, *inputs: Any, train: bool = False, key: Any = None) -> Any:
+        # Under Dynamo the check would be traced for nothing: the operators check there.
+        if not torch.compiler.is_dynamo_compiling() and not _fits(params, expected()[1]):
+            check_parameters(params, expected()[0])
+        return forward(params, *inputs, config=config, train=train, key=key)
+
+    return Model(init=bound_init, apply=apply, family=family, config=config)
+
+
+def parameter_specs(init: Callable[[random.Key], Any]) -> Any:
+    """The tree of names, shapes and dtypes that ``init(key)`` gives, found on the meta device.
+
+    So ``init`` has to make all its tensors on the device of the key; nothing is computed.
+    """
+    result: list[Any] = []
+
+    def work() -> None:
+        try:
+            result.append(tree.specs(init(random.key(0, device="meta"))))
+        except BaseException as error:
+            result.append(error)
+
+    # A new thread has none of the transforms (vmap, grad) and tracing modes of this one.
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    if isinstance(result[0], BaseException):
+        raise result[0]
+    return result[0]
+
+
+def check_parameters(params: Any, expected: Any) -> None:
+    """Raises a ValueError where the parameters are not as `parameter_specs` has them."""
+    differences = tree.compare(params, expected)
+    if not differences:
+        return
+    batch = params.batch_size if isinstance(params, TensorDictBase) else torch.Size([])
+    axes = max(len(batch), 1)
+    member = tree.map(lambda leaf: tree.Spec(leaf.shape[axes:], leaf.dtype), params)
+    if not tree.compare(member, expected):
+        size = list(batch) or list(tree.leaves(params)[0].shape[:1])
+        raise ValueError(
+            f"params: expected one network, got an ensemble of batch size {size}; "
+            "use torch.func.vmap(model.apply, in_dims=(0, None))(params, inputs)"
+        )
+    raise ValueError(str(differences))
+
+
+def _sizes(specs: Any) -> Any:
+    """The shapes of a tree of specs as plain nested dicts, the quickest to compare with."""
+    held = entries(specs)
+    return specs.shape if held is None else {name: _sizes(child) for name, child in held.items()}
+
+
+def _fits(params: Any, sizes: dict[str, Any]) -> bool:
+    """Whether names and shapes are the expected ones, found out quickly."""
+    held = params._tensordict if type(params) is TensorDict else entries(params)
+    if held is None or len(held) != len(sizes):
+        return False
+    for name, size in sizes.items():
+        child = held.get(name)
+        if type(size) is dict:
+            if not _fits(child, size):
+                return False
+        elif getattr(child, "shape", None) != size:
+            return False
+    return True

@@ -1,0 +1,258 @@
+"""Trees to lists of leaves and back, and functions mapped over trees.
+
+A tree is any nesting of TensorDict, dict, list, tuple, named tuple and whatever else is registered
+with torch's pytrees. None holds no leaves; everything else is a leaf. This does what
+``torch.utils._pytree`` does for the same trees, except that it walks a TensorDict twenty times
+faster, matches the entries of several trees by name and not by position, and names the place where
+two trees differ.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch.utils._pytree import SUPPORTED_NODES
+
+Path: TypeAlias = tuple[str, ...]
+Tree: TypeAlias = Any  # its kinds are registered at run time, so no annotation can tell them apart
+
+_USUAL = (torch.Tensor, TensorDict)  # told apart from _TENSORS because isinstance is slow
+_TENSORS = (torch.Tensor, TensorDictBase)
+_NO_BATCH = torch.Size([])
+
+
+class Structure(NamedTuple):
+    """What is left of a tree without its leaves: hashable, and equal for equal structures."""
+
+    kind: Any
+    meta: Any
+    keys: tuple[Any, ...]
+    children: tuple[Structure | None, ...]
+
+
+def flatten(tree: Any) -> tuple[list[Any], Structure | None]:
+    """The leaves of a tree from left to right, and its structure (None for a lone leaf).
+
+    >>> leaves, structure = flatten({"a": 1, "b": (2, None)})
+    >>> leaves
+    [1, 2]
+    >>> unflatten(structure, leaves)
+    {'a': 1, 'b': (2, None)}
+    """
+    leaves: list[Any] = []
+    return leaves, _flatten(tree, leaves)
+
+
+def unflatten(structure: Structure | None, leaves: list[Any]) -> Any:
+    """The tree of this structure that holds these leaves; the inverse of `flatten`.
+
+    A TensorDict keeps its batch size where its new leaves still begin with it, and has batch size
+    ``[]`` otherwise.
+    """
+    rest = iter(leaves)
+    try:
+        tree = next(rest) if structure is None else _unflatten(structure, rest)
+    except StopIteration:
+        raise ValueError("unflatten: fewer leaves than the structure has places") from None
+    if (extra := sum(1 for _ in rest)) > 0:
+        raise ValueError(f"unflatten: {extra} more leaves than the structure has places")
+    return tree
+
+
+def leaves(tree: Any) -> list[Any]:
+    """The leaves of a tree, from left to right."""
+    return flatten(tree)[0]
+
+
+def leaves_with_path(tree: Any) -> list[tuple[Path, Any]]:
+    """The leaves of a tree, each with the names that lead to it.
+
+    >>> leaves_with_path({"a": 1, "b": (2, 3)})
+    [(('a',), 1), (('b', '0'), 2), (('b', '1'), 3)]
+    """
+    found: list[tuple[Path, Any]] = []
+    map_with_path(lambda path, leaf: found.append((path, leaf)), tree)
+    return found
+
+
+def map(f: Callable[..., Any], tree: Any, *rest: Any) -> Any:
+    """The tree of ``f(leaf, *leaves at the same place in rest)``, shaped as the first tree.
+
+    Raises:
+        ValueError: where a tree in ``rest`` has another structure; it names the place.
+
+    >>> map(lambda a, b: a + b, {"x": 1, "y": 2}, {"y": 20, "x": 10})
+    {'x': 11, 'y': 22}
+    """
+    found, structure = flatten(tree)
+    columns = [found]
+    for other in rest:
+        found, same = flatten(other)
+        if same != structure:  # the names may still be the same, in another order
+            return _map(lambda _, *found: f(*found), (), tree, rest)
+        columns.append(found)
+    return unflatten(structure, [f(*row) for row in zip(*columns, strict=True)])
+
+
+def map_with_path(f: Callable[..., Any], tree: Any, *rest: Any) -> Any:
+    """As `map`, with ``f(path, leaf, *leaves)``; a path is a tuple of names.
+
+    >>> map_with_path(lambda path, leaf: ".".join(path), {"conv": {"weight": 0}})
+    {'conv': {'weight': 'conv.weight'}}
+    """
+    return _map(f, (), tree, rest)
+
+
+def join(path: Path) -> str:
+    """A path as state_dict writes it: ``layer1.0.conv1.weight``; the tree itself is ``(root)``."""
+    return ".".join(path) or "(root)"
+
+
+def describe(leaf: Any) -> str:
+    """A leaf in an error message: ``float32[3, 4]`` for a tensor, its type's name otherwise."""
+    if isinstance(leaf, torch.Tensor):
+        return f"{str(leaf.dtype).removeprefix('torch.')}{list(leaf.shape)}"
+    return type(leaf).__name__
+
+
+def entries(tree: Any, path: Path = ()) -> dict[str, Any] | None:
+    """What a TensorDict or dict holds by name, to be read only; None for a leaf.
+
+    Raises:
+        TypeError: for another container: parameter trees are nested by name alone.
+    """
+    kind = type(tree)
+    if kind is TensorDict:
+        return tree._tensordict  # items() of the public interface takes sixty times as long
+    if kind is torch.Tensor:
+        return None
+    if isinstance(tree, dict):
+        return tree
+    if isinstance(tree, TensorDictBase):
+        return dict(tree.items())
+    if _children(tree) is not None:
+        raise TypeError(f"{join(path)}: expected a TensorDict, got {describe(tree)}")
+    return None
+
+
+def _flatten(tree: Any, leaves: list[Any]) -> Structure | None:
+    kind = type(tree)
+    if kind is torch.Tensor:
+        leaves.append(tree)
+        return None
+    if kind is TensorDict:
+        held = tree._tensordict  # as in `entries`
+        return Structure(
+            kind,
+            tree.batch_size,
+            tuple(held),
+            tuple([_flatten(child, leaves) for child in held.values()]),
+        )
+    node = _children(tree)
+    if node is None:
+        leaves.append(tree)
+        return None
+    keys, children, meta = node
+    return Structure(kind, meta, keys, tuple([_flatten(child, leaves) for child in children]))
+
+
+def _unflatten(structure: Structure, leaves: Iterator[Any]) -> Any:
+    kind, meta, keys, places = structure
+    children = [
+        next(leaves) if place is None else _unflatten(place, leaves)  # may raise StopIteration
+        for place in places
+    ]
+    return _build(kind, meta, keys, children)
+
+
+def _children(tree: Any) -> tuple[tuple[Any, ...], list[Any], Any] | None:
+    """The names, children and remaining data of an inner node, or None for a leaf."""
+    if tree is None:
+        return (), [], None
+    if isinstance(tree, TensorDictBase):
+        return tuple(tree.keys()), list(tree.values()), tree.batch_size
+    if type(tree) in (dict, OrderedDict):
+        return tuple(tree), list(tree.values()), None
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return tree._fields, list(tree), None
+    if type(tree) in (tuple, list):
+        return tuple(range(len(tree))), list(tree), None
+    if (node := SUPPORTED_NODES.get(type(tree))) is not None:
+        children, context = node.flatten_fn(tree)
+        return tuple(range(len(children))), list(children), _Context(context)
+    return None
+
+
+def _build(kind: Any, meta: Any, keys: tuple[Any, ...], children: list[Any]) -> Any:
+    if kind is TensorDict or (isinstance(kind, type) and issubclass(kind, TensorDictBase)):
+        named = dict(zip(keys, children, strict=True))
+        size = meta
+        for child in children:
+            if type(child) not in _USUAL and not isinstance(child, _TENSORS):
+                return named  # leaves that are no tensors (names, say): a plain dict holds them
+            if size and child.shape[: len(size)] != size:
+                size = _NO_BATCH
+        return TensorDict._new_unsafe(named, batch_size=size, nested=False)
+    if kind is type(None):
+        return None
+    if kind in (dict, OrderedDict):
+        return kind(zip(keys, children, strict=True))
+    if issubclass(kind, tuple) and hasattr(kind, "_fields"):
+        return kind(*children)
+    if kind in (tuple, list):
+        return kind(children)
+    return SUPPORTED_NODES[kind].unflatten_fn(children, meta.value)
+
+
+def _map(f: Callable[..., Any], path: Path, tree: Any, rest: tuple[Any, ...]) -> Any:
+    node = _children(tree)
+    if node is None:
+        for other in rest:
+            if _children(other) is not None:
+                raise ValueError(f"{join(path)}: expected a leaf, got {describe(other)}")
+        return f(path, tree, *rest)
+    keys, children, meta = node
+    others = [_matching(path, tree, keys, other) for other in rest]
+    mapped = [
+        _map(f, (*path, str(key)), child, tuple(other[i] for other in others))
+        for i, (key, child) in enumerate(zip(keys, children, strict=True))
+    ]
+    return _build(type(tree), meta, keys, mapped)
+
+
+def _matching(path: Path, tree: Any, keys: tuple[Any, ...], other: Any) -> list[Any]:
+    """The children of ``other`` in the order of ``keys``."""
+    node = _children(other)
+    if node is None or isinstance(other, (dict, TensorDictBase)) != isinstance(
+        tree, (dict, TensorDictBase)
+    ):
+        raise ValueError(f"{join(path)}: expected {describe(tree)}, got {describe(other)}")
+    found = dict(zip(node[0], node[1], strict=True))
+    if found.keys() != set(keys):
+        missing = ", ".join(str(key) for key in keys if key not in found) or "nothing"
+        extra = ", ".join(str(key) for key in found if key not in keys) or "nothing"
+        raise ValueError(
+            f"{join(path)}: expected the same names in both trees; "
+            f"missing {missing}, unexpected {extra}"
+        )
+    return [found[key] for key in keys]
+
+
+class _Context:
+    """A pytree context, which need not be hashable, as part of a hashable structure."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Context) and bool(self.value == other.value)
+
+    def __hash__(self) -> int:
+        try:
+            return hash(self.value)
+        except TypeError:
+            return hash(type(self.value))
