@@ -1,0 +1,28 @@
+"""Purely functional neural networks for PyTorch: parameter trees and pure functions."""
+
+from funcnets import layers, losses, models, optim, random, tree
+from funcnets.compile import compile
+from funcnets.control import cond, remat, route, scan, switch, while_loop
+from funcnets.model import Model
+from funcnets.serialization import load, save
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Model",
+    "compile",
+    "cond",
+    "layers",
+    "load",
+    "losses",
+    "models",
+    "optim",
+    "random",
+    "remat",
+    "route",
+    "save",
+    "scan",
+    "switch",
+    "tree",
+    "while_loop",
+]

@@ -1,0 +1,73 @@
+"""What the model families share: norms picked by name, checks of a config, the key of a call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from tensordict import TensorDict
+from torch import Tensor
+
+from funcnets import layers, random
+
+Norm = Literal["batch", "group", "layer", "rms"]
+
+
+def init_norm(key: random.Key, kind: Norm, width: int) -> TensorDict:
+    """The parameters of a norm over ``width`` channels or features."""
+    inits = {
+        "batch": layers.init_batch_norm,
+        "group": layers.init_group_norm,
+        "layer": layers.init_layer_norm,
+        "rms": layers.init_rms_norm,
+    }
+    return inits[kind](key, width)
+
+
+def norm(
+    params: TensorDict, x: Tensor, kind: Norm, *, train: bool, groups: int = 1
+) -> tuple[Tensor, TensorDict | None]:
+    """The normalised x, and the new buffers of a batch norm in training (None otherwise)."""
+    if kind == "batch" and train:
+        return layers.batch_norm(params, x, train=True)
+    if kind == "batch":
+        return layers.batch_norm(params, x), None
+    if kind == "group":
+        return layers.group_norm(params, x, groups), None
+    if kind == "layer":
+        return layers.layer_norm(params, x), None
+    return layers.rms_norm(params, x), None
+
+
+def buffers(found: Mapping[str, Any]) -> TensorDict:
+    """A tree of new buffers, without the places that have none."""
+    return TensorDict({name: value for name, value in found.items() if value is not None})
+
+
+def draw_keys(model: str, key: random.Key | None, needed: bool, num: int) -> Any:
+    """``num`` keys for one call, or None where nothing is drawn."""
+    if not needed:
+        return None
+    if key is None:
+        raise ValueError(f"{model}: key: expected a key (dropout in training draws), got None")
+    return random.split(key, num).unbind()
+
+
+def check_widths(model: str, widths: Sequence[int]) -> tuple[int, ...]:
+    """Widths as a tuple of positive integers."""
+    if isinstance(widths, int) or any(not isinstance(w, int) or w < 1 for w in widths):
+        raise ValueError(f"{model}: widths: expected positive integers, got {widths!r}")
+    return tuple(widths)
+
+
+def check_choice(model: str, name: str, value: Any, choices: Sequence[Any]) -> None:
+    """Raises unless the value is one of the choices."""
+    if value not in choices:
+        known = ", ".join(map(repr, choices))
+        raise ValueError(f"{model}: {name}: expected one of {known}, got {value!r}")
+
+
+def check_rate(model: str, name: str, rate: float) -> None:
+    """Raises unless the rate is a probability."""
+    if not 0 <= rate <= 1:
+        raise ValueError(f"{model}: {name}: expected a rate between 0 and 1, got {rate}")

@@ -1,0 +1,107 @@
+"""The multilayer perceptron."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from jaxtyping import Float
+from tensordict import TensorDict
+from torch import Tensor
+
+from funcnets import random
+from funcnets.layers import activation, dropout, init_linear, linear
+from funcnets.model import Model, bind
+from funcnets.models import blocks
+
+
+@dataclass(frozen=True)
+class Config:
+    """What an MLP is made of; it is as deep as there are widths."""
+
+    in_features: int
+    out_features: int
+    widths: tuple[int, ...] = (256, 256)
+    activation: str = "relu"
+    norm: Literal["batch", "layer", "rms"] | None = None
+    dropout: float = 0.0
+    bias: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "widths", blocks.check_widths("mlp", self.widths))
+        blocks.check_widths("mlp", (self.in_features, self.out_features))
+        blocks.check_choice("mlp", "norm", self.norm, (None, "batch", "layer", "rms"))
+        blocks.check_rate("mlp", "dropout", self.dropout)
+        activation(self.activation)
+
+    def place(self, layer: int) -> int:
+        """Where a layer stands in torchvision's sequence of linear, norm, activation, dropout."""
+        return layer * (3 if self.norm is None else 4)
+
+
+def mlp(
+    in_features: int,
+    out_features: int,
+    widths: tuple[int, ...] | list[int] = (256, 256),
+    *,
+    activation: str = "relu",
+    norm: Literal["batch", "layer", "rms"] | None = None,
+    dropout: float = 0.0,
+    bias: bool = True,
+) -> Model:
+    """A multilayer perceptron, from [..., in_features] to [..., out_features].
+
+    Parameters have the names of ``torchvision.ops.MLP`` of the same widths; unlike there, no
+    dropout follows the last layer.
+
+    Args:
+        widths: of the hidden layers, any number of them.
+        activation: a name that `funcnets.layers.activation` knows.
+        norm: between a hidden layer and its activation; "batch" takes inputs [batch, in_features].
+        dropout: the rate after each activation, in training.
+
+    >>> import torch
+    >>> model = mlp(4, 2, widths=(8, 8, 8))
+    >>> params = model.init(random.key(0))
+    >>> model.apply(params, torch.ones(5, 4)).shape
+    torch.Size([5, 2])
+    """
+    config = Config(in_features, out_features, tuple(widths), activation, norm, dropout, bias)
+    return bind("mlp", config, init, forward)
+
+
+def init(key: random.Key, config: Config) -> TensorDict:
+    """The parameters (with buffers, if the norm is "batch")."""
+    sizes = (config.in_features, *config.widths, config.out_features)
+    params = {}
+    for layer, layer_key in enumerate(random.split(key, len(sizes) - 1).unbind()):
+        place, width = config.place(layer), sizes[layer + 1]
+        params[str(place)] = init_linear(layer_key, sizes[layer], width, bias=config.bias)
+        if config.norm is not None and layer < len(config.widths):
+            params[str(place + 1)] = blocks.init_norm(layer_key, config.norm, width)
+    return TensorDict(params)
+
+
+def forward(
+    params: TensorDict,
+    x: Float[Tensor, "*batch in_features"],
+    config: Config,
+    *,
+    train: bool = False,
+    key: random.Key | None = None,
+) -> Any:
+    """Outputs [..., out_features]; in training with the new buffers."""
+    depth = len(config.widths)
+    keys = blocks.draw_keys("mlp", key, train and config.dropout > 0, depth)
+    buffers = {}
+    for layer in range(depth):
+        place = config.place(layer)
+        x = linear(params[str(place)], x)
+        if config.norm is not None:
+            name = str(place + 1)
+            x, buffers[name] = blocks.norm(params[name], x, config.norm, train=train)
+        x = activation(config.activation)(x)
+        if keys is not None:
+            x = dropout(keys[layer], x, config.dropout)
+    outputs = linear(params[str(config.place(depth))], x)
+    return (outputs, blocks.buffers(buffers)) if train else outputs
