@@ -1,0 +1,115 @@
+"""Layers: pairs of functions ``init_x(key, ...) -> params`` and ``x(params, inputs, ...)``.
+
+Names, parameter names, shapes and defaults are those of torch.nn. What the parameters' shapes tell
+(widths, kernel size, number of dimensions) is not asked again.
+"""
+
+from funcnets.layers import initializers
+from funcnets.layers.activations import (
+    activation,
+    geglu,
+    glu,
+    identity,
+    quick_gelu,
+    squared_relu,
+    swiglu,
+)
+from funcnets.layers.conv import (
+    conv,
+    conv_transpose,
+    init_conv,
+    init_conv_transpose,
+    init_separable_conv,
+    separable_conv,
+)
+from funcnets.layers.dropout import (
+    alpha_dropout,
+    channel_dropout,
+    dropout,
+    feature_alpha_dropout,
+    stochastic_depth,
+)
+from funcnets.layers.embedding import embedding, embedding_bag, init_embedding, unembed
+from funcnets.layers.linear import bilinear, init_bilinear, init_linear, linear
+from funcnets.layers.norm import (
+    batch_norm,
+    group_norm,
+    init_batch_norm,
+    init_group_norm,
+    init_instance_norm,
+    init_layer_norm,
+    init_rms_norm,
+    instance_norm,
+    layer_norm,
+    rms_norm,
+)
+from funcnets.layers.pooling import (
+    adaptive_avg_pool1d,
+    adaptive_avg_pool2d,
+    adaptive_avg_pool3d,
+    adaptive_max_pool1d,
+    adaptive_max_pool2d,
+    adaptive_max_pool3d,
+    avg_pool1d,
+    avg_pool2d,
+    avg_pool3d,
+    global_avg_pool,
+    global_max_pool,
+    max_pool1d,
+    max_pool2d,
+    max_pool3d,
+)
+
+__all__ = [
+    "activation",
+    "adaptive_avg_pool1d",
+    "adaptive_avg_pool2d",
+    "adaptive_avg_pool3d",
+    "adaptive_max_pool1d",
+    "adaptive_max_pool2d",
+    "adaptive_max_pool3d",
+    "alpha_dropout",
+    "avg_pool1d",
+    "avg_pool2d",
+    "avg_pool3d",
+    "batch_norm",
+    "bilinear",
+    "channel_dropout",
+    "conv",
+    "conv_transpose",
+    "dropout",
+    "embedding",
+    "embedding_bag",
+    "feature_alpha_dropout",
+    "geglu",
+    "global_avg_pool",
+    "global_max_pool",
+    "glu",
+    "group_norm",
+    "identity",
+    "init_batch_norm",
+    "init_bilinear",
+    "init_conv",
+    "init_conv_transpose",
+    "init_embedding",
+    "init_group_norm",
+    "init_instance_norm",
+    "init_layer_norm",
+    "init_linear",
+    "init_rms_norm",
+    "init_separable_conv",
+    "initializers",
+    "instance_norm",
+    "layer_norm",
+    "linear",
+    "max_pool1d",
+    "max_pool2d",
+    "max_pool3d",
+    "quick_gelu",
+    "rms_norm",
+    "separable_conv",
+    "squared_relu",
+    "stochastic_depth",
+    "swiglu",
+    "unembed",
+]
