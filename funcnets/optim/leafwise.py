@@ -1,0 +1,232 @@
+"""What the optimizers share: hyperparameters, checks, and a rule applied leaf by leaf."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Size, Tensor
+
+from funcnets.tree.flatten import (
+    Structure,
+    Tree,
+    describe,
+    flatten,
+    join,
+    leaves_with_path,
+    map,
+    unflatten,
+)
+
+Schedule: TypeAlias = Callable[[Int64[Tensor, ""]], Float[Tensor, ""]]
+"""From the number of updates made so far to the value of a hyperparameter."""
+
+Hyperparameter: TypeAlias = float | int | Tensor | Schedule
+"""A number, a tensor of shape [] (of several under vmap), or a schedule."""
+
+Number: TypeAlias = float | Tensor
+
+Moment: TypeAlias = Tensor | None
+"""A leaf of a state tree; None where the algorithm does without that tree, which is then ``()``.
+
+(An empty tuple has no leaves; None would be one to vmap.)
+"""
+
+Rule: TypeAlias = Callable[..., tuple[Moment, ...]]
+
+
+def check_hyperparameter(
+    place: str, value: Hyperparameter, least: float = 0.0, below: float = math.inf
+) -> None:
+    """Raises for a number outside of [least, below), and for what is no hyperparameter.
+
+    The value of a tensor is not looked at: that would wait for the device, and fail under vmap.
+    """
+    if isinstance(value, Tensor):
+        if value.ndim or not value.dtype.is_floating_point:
+            hint = "; map over several with vmap" if value.ndim else ""
+            raise ValueError(
+                f"{place}: expected a number or a floating-point tensor of shape [], "
+                f"got {describe(value)}{hint}"
+            )
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        if not least <= value < below:
+            bound = f" and below {below:g}" if below < math.inf else ""
+            raise ValueError(f"{place}: expected at least {least:g}{bound}, got {value}")
+    elif not callable(value):
+        raise TypeError(f"{place}: expected a number, a tensor or a schedule, got {value!r}")
+
+
+def resolve(value: Hyperparameter, step: Int64[Tensor, ""]) -> Number:
+    """The value after ``step`` updates: a float, or a float64 tensor of shape []."""
+    if not isinstance(value, Tensor) and callable(value):
+        value = value(step)
+    return value.to(torch.float64) if isinstance(value, Tensor) else float(value)
+
+
+def is_zero(value: Hyperparameter) -> bool:
+    """Whether a hyperparameter is the number zero, so that its term can be left out."""
+    return isinstance(value, (int, float)) and value == 0
+
+
+def is_absent(moment: Tree) -> bool:
+    """Whether a state does without this tree."""
+    return isinstance(moment, tuple) and not moment
+
+
+def new_step(params: Tree) -> Int64[Tensor, ""]:
+    """Zero, as a tensor of shape [] on the device of the parameters."""
+    for leaf in flatten(params)[0]:
+        return leaf.new_zeros((), dtype=torch.int64)  # under vmap: one for each member
+    return torch.zeros((), dtype=torch.int64)
+
+
+def like(params: Tree, fill: float = 0.0) -> Tree:
+    """A tree of tensors shaped as the parameters."""
+    leaves, structure = flatten(params)
+    return unflatten(structure, [torch.full_like(leaf, fill) for leaf in leaves])
+
+
+def check_params(name: str, params: Tree) -> None:
+    """Raises for leaves that no gradient reaches."""
+    if all(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in flatten(params)[0]):
+        return
+    for path, leaf in leaves_with_path(params):
+        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+            raise ValueError(
+                f"{name}: {join(path)}: expected a floating-point tensor, got {describe(leaf)}; "
+                "an optimizer is given the trainable part, tree.partition(params)[0]"
+            )
+
+
+def check_state(name: str, kind: type, state: Any) -> None:
+    """Raises for the state of another optimizer."""
+    if not isinstance(state, kind):
+        raise TypeError(f"{name}: state: expected {kind.__name__}, got {type(state).__name__}")
+
+
+def aligned(label: str, tree: Tree, params: Tree, structure: Structure | None) -> list[Any]:
+    """The leaves of a tree in the order of those of the parameters.
+
+    Raises:
+        ValueError: where their structures differ; it names the place.
+    """
+    leaves, found = flatten(tree)
+    if found == structure:
+        return leaves
+    leaves = []  # the same names in another order, or in other containers
+    try:
+        map(lambda _, leaf: leaves.append(leaf), params, tree)
+    except ValueError as error:
+        raise ValueError(f"{label}: {error}") from None
+    return leaves
+
+
+def leafwise(
+    name: str,
+    rule: Rule,
+    scalars: Sequence[Number],
+    grads: Tree,
+    params: Tree,
+    *moments: Tree,
+    shapes: Callable[[Tensor], tuple[Size, ...]] | None = None,
+) -> tuple[Any, ...]:
+    """Applies ``rule(scalars, grad, param, *moments) -> (update, *moments)`` to each leaf.
+
+    Args:
+        name: of the optimizer, for errors.
+        scalars: numbers, of which tensors arrive at the rule in the dtype of the leaf: so that a
+            float64 learning rate leaves a float32 parameter of shape [] what it is.
+        moments: state trees like ``params``, or ``()`` for one that the rule does without.
+        shapes: those of the moments of a leaf, where they are not its own.
+
+    Returns:
+        ``(updates, *moments)``, the trees of the results.
+    """
+    leaves, structure = flatten(params)
+    columns = [aligned(f"{name}: grads", grads, params, structure)]
+    _check_gradients(name, columns[0], leaves, params)
+    for moment in moments:
+        if is_absent(moment):
+            columns.append([None] * len(leaves))
+            continue
+        columns.append(aligned(f"{name}: state", moment, params, structure))
+    _check_moments(name, columns[1:], leaves, params, shapes)
+
+    rows = []
+    last: Tensor | None = None
+    for leaf, grad, *rest in zip(leaves, *columns, strict=True):
+        if last is None or leaf.dtype is not last.dtype or leaf.device != last.device:
+            last, cast = leaf, [as_leaf(scalar, leaf) for scalar in scalars]
+        rows.append(rule(cast, grad, leaf, *rest))
+    updates, *results = [list(column) for column in zip(*rows, strict=True)] or columns
+    return unflatten(structure, updates), *(
+        () if is_absent(moment) else unflatten(structure, result)
+        for moment, result in zip(moments, results, strict=True)
+    )
+
+
+def as_leaf(scalar: Number, leaf: Tensor) -> Number:
+    """A scalar in the dtype of a leaf, which it then does not promote, and on its device."""
+    return scalar.to(leaf.device, leaf.dtype) if isinstance(scalar, Tensor) else scalar
+
+
+def scaled(factor: Number, x: Tensor) -> Tensor:
+    """``factor * x``, without a pass for a factor of one."""
+    return x if isinstance(factor, float) and factor == 1 else x * factor
+
+
+def add_scaled(x: Tensor, factor: Number, y: Tensor) -> Tensor:
+    """``x + factor * y`` in one pass, and none for a factor of zero."""
+    if isinstance(factor, Tensor):
+        return torch.addcmul(x, y, factor)
+    return torch.add(x, y, alpha=factor) if factor else x
+
+
+def safe_sqrt(x: Tensor) -> Tensor:
+    """The square root of numbers of at least zero, with a finite derivative at zero.
+
+    A second moment is zero where every gradient so far was zero, and the derivative of the root
+    there would be infinite, times the zero derivative of the square: not a number.
+    """
+    return x.clamp_min(_least(x.dtype)).sqrt()
+
+
+def _least(dtype: torch.dtype) -> float:
+    """A positive number whose root vanishes beside any eps in use."""
+    info = torch.finfo(dtype)
+    # The normal numbers of float16 begin at 6e-5, where a second moment may well lie.
+    return info.tiny * info.eps if dtype == torch.float16 else info.tiny
+
+
+def _check_gradients(name: str, grads: list[Any], leaves: list[Any], params: Tree) -> None:
+    for index, (grad, leaf) in enumerate(zip(grads, leaves, strict=True)):
+        if not isinstance(grad, Tensor) or grad.shape != leaf.shape or grad.dtype != leaf.dtype:
+            place = join(leaves_with_path(params)[index][0])
+            raise ValueError(
+                f"{name}: {place}: expected gradient {describe(leaf)}, got {describe(grad)}"
+            )
+
+
+def _check_moments(
+    name: str,
+    columns: list[list[Any]],
+    leaves: list[Any],
+    params: Tree,
+    shapes: Callable[[Tensor], tuple[Size, ...]] | None,
+) -> None:
+    for number, column in enumerate(columns):
+        if not column or column[0] is None:
+            continue
+        expected = [leaf.shape if shapes is None else shapes(leaf)[number] for leaf in leaves]
+        found = [moment.shape for moment in column]
+        for index, (one, other) in enumerate(zip(expected, found, strict=True)):
+            if one != other:
+                place = join(leaves_with_path(params)[index][0])
+                raise ValueError(
+                    f"{name}: state: {place}: expected {list(one)}, got {list(other)}; "
+                    "it belongs to other parameters"
+                )
