@@ -146,12 +146,14 @@ def _flatten(tree: Any, leaves: list[Any]) -> Structure | None:
         return None
     if kind is TensorDict:
         held = tree._tensordict  # as in `entries`
-        return Structure(
-            kind,
-            tree.batch_size,
-            tuple(held),
-            tuple([_flatten(child, leaves) for child in held.values()]),
-        )
+        places: list[Structure | None] = []
+        for child in held.values():
+            if type(child) is torch.Tensor:  # said again here, to spare a call for every leaf
+                leaves.append(child)
+                places.append(None)
+            else:
+                places.append(_flatten(child, leaves))
+        return Structure._make((kind, tree.batch_size, tuple(held), tuple(places)))
     node = _children(tree)
     if node is None:
         leaves.append(tree)
@@ -201,11 +203,11 @@ def _build(kind: Any, meta: Any, keys: tuple[Any, ...], children: list[Any]) -> 
         return None
     if kind in (dict, OrderedDict):
         return kind(zip(keys, children, strict=True))
-    if issubclass(kind, tuple) and hasattr(kind, "_fields"):
-        return kind(*children)
     if kind in (tuple, list):
         return kind(children)
-    return SUPPORTED_NODES[kind].unflatten_fn(children, meta.value)
+    if isinstance(meta, _Context):
+        return SUPPORTED_NODES[kind].unflatten_fn(children, meta.value)
+    return kind(*children)  # a named tuple
 
 
 def _map(f: Callable[..., Any], path: Path, tree: Any, rest: tuple[Any, ...]) -> Any:
