@@ -86,12 +86,11 @@ class Compiled:
         if self._static:
             args, kwargs = self._wrap_static(args, kwargs)
         leaves, structure = tree.flatten((args, kwargs))
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        constants = (
-            ()
-            if len(tensors) == len(leaves)
-            else tuple((type(leaf), leaf) for leaf in leaves if not isinstance(leaf, Tensor))
-        )
+        tensors: list[Tensor] = leaves
+        constants: tuple[Any, ...] = ()
+        if set(map(type, leaves)) != {Tensor}:
+            tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+            constants = tuple((type(leaf), leaf) for leaf in leaves if not isinstance(leaf, Tensor))
         key = (structure, constants, _ambient())
         try:
             entries = self._entries.get(key, ())
@@ -236,24 +235,25 @@ class _Entry(NamedTuple):
         if self.donated:
             self._check_aliases(tensors)
         results = self.compiled(*tensors)
-        leaves = [
-            results[value] if source == _GRAPH else tensors[value] if source == _DONOR else value
-            for source, value in self.outputs.leaves
-        ]
-        if self.donated:
-            # The result is a new tensor over the old memory; the old tensor becomes unusable.
+        leaves = list(results)
+        if len(leaves) < len(self.outputs.leaves):  # else all come from the graph, in order
+            # A result over donated memory is a new tensor; the old one becomes unusable.
             leaves = [
-                leaf.detach() if source == _DONOR else leaf
-                for leaf, (source, _) in zip(leaves, self.outputs.leaves, strict=True)
+                tensors[value].detach()
+                if source == _DONOR
+                else results[value]
+                if source == _GRAPH
+                else value
+                for source, value in self.outputs.leaves
             ]
-            for place in self.donated:
-                tensors[place].__class__ = Donated
+        for place in self.donated:
+            tensors[place].__class__ = Donated
         return tree.unflatten(self.outputs.structure, leaves)
 
     def _check_aliases(self, tensors: list[Tensor]) -> None:
         pointers = [tensor.data_ptr() for tensor in tensors]
-        donated = [pointers[place] for place in self.donated if pointers[place]]
-        if sum(map(set(donated).__contains__, pointers)) > len(set(donated)):
+        donated = {pointers[place] for place in self.donated} - {0}  # 0: an empty tensor
+        if sum(map(donated.__contains__, pointers)) > len(donated):
             raise RuntimeError(
                 f"{self.name}: a donated tensor is given twice in one call; copy one of them first"
             )

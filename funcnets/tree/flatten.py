@@ -164,6 +164,12 @@ def _flatten(tree: Any, leaves: list[Any]) -> Structure | None:
 
 def _unflatten(structure: Structure, leaves: Iterator[Any]) -> Any:
     kind, meta, keys, places = structure
+    if kind is TensorDict:
+        named = {
+            key: next(leaves) if place is None else _unflatten(place, leaves)
+            for key, place in zip(keys, places, strict=True)
+        }
+        return _tensordict(named, meta)
     children = [
         next(leaves) if place is None else _unflatten(place, leaves)  # may raise StopIteration
         for place in places
@@ -191,14 +197,7 @@ def _children(tree: Any) -> tuple[tuple[Any, ...], list[Any], Any] | None:
 
 def _build(kind: Any, meta: Any, keys: tuple[Any, ...], children: list[Any]) -> Any:
     if kind is TensorDict or (isinstance(kind, type) and issubclass(kind, TensorDictBase)):
-        named = dict(zip(keys, children, strict=True))
-        size = meta
-        for child in children:
-            if type(child) not in _USUAL and not isinstance(child, _TENSORS):
-                return named  # leaves that are no tensors (names, say): a plain dict holds them
-            if size and child.shape[: len(size)] != size:
-                size = _NO_BATCH
-        return TensorDict._new_unsafe(named, batch_size=size, nested=False)
+        return _tensordict(dict(zip(keys, children, strict=True)), meta)
     if kind is type(None):
         return None
     if kind in (dict, OrderedDict):
@@ -208,6 +207,16 @@ def _build(kind: Any, meta: Any, keys: tuple[Any, ...], children: list[Any]) -> 
     if isinstance(meta, _Context):
         return SUPPORTED_NODES[kind].unflatten_fn(children, meta.value)
     return kind(*children)  # a named tuple
+
+
+def _tensordict(named: dict[str, Any], size: torch.Size) -> Any:
+    """A TensorDict; a plain dict where there are leaves that are no tensors (names, say)."""
+    for child in named.values():
+        if type(child) not in _USUAL and not isinstance(child, _TENSORS):
+            return named
+        if size and child.shape[: len(size)] != size:
+            size = _NO_BATCH
+    return TensorDict._new_unsafe(named, batch_size=size, nested=False)
 
 
 def _map(f: Callable[..., Any], path: Path, tree: Any, rest: tuple[Any, ...]) -> Any:
