@@ -63,9 +63,9 @@ def ensemble_of_mlps() -> dict[str, Contender]:
         layers = [nn.Linear(784, 256), nn.Linear(256, 256), nn.Linear(256, 10)]
         network = nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
         networks = [copy.deepcopy(network) for _ in range(MEMBERS)]
-        for member, stacked in enumerate(tree.unstack(params)):
-            named = {str(place): stacked[str(3 * i)] for i, place in enumerate((0, 2, 4))}
-            networks[member].load_state_dict(
+        for copied, own in zip(networks, tree.unstack(params), strict=True):
+            named = {str(place): own[str(3 * i)] for i, place in enumerate((0, 2, 4))}
+            copied.load_state_dict(
                 {f"{p}.{n}": leaf for p, layer in named.items() for n, leaf in layer.items()}
             )
         weights, _ = stack_module_state(networks)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from tensordict import TensorDict
@@ -15,7 +15,7 @@ Norm = Literal["batch", "group", "layer", "rms"]
 
 def init_norm(key: random.Key, kind: Norm, width: int) -> TensorDict:
     """The parameters of a norm over ``width`` channels or features."""
-    inits = {
+    inits: dict[str, Callable[..., TensorDict]] = {
         "batch": layers.init_batch_norm,
         "group": layers.init_group_norm,
         "layer": layers.init_layer_norm,
@@ -53,9 +53,16 @@ def draw_keys(model: str, key: random.Key | None, needed: bool, num: int) -> Any
     return random.split(key, num).unbind()
 
 
+def check_sizes(model: str, **sizes: int) -> None:
+    """Raises unless every size is a positive integer."""
+    for name, size in sizes.items():
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"{model}: {name}: expected a positive integer, got {size!r}")
+
+
 def check_widths(model: str, widths: Sequence[int]) -> tuple[int, ...]:
     """Widths as a tuple of positive integers."""
-    if isinstance(widths, int) or any(not isinstance(w, int) or w < 1 for w in widths):
+    if not isinstance(widths, Sequence) or any(not isinstance(w, int) or w < 1 for w in widths):
         raise ValueError(f"{model}: widths: expected positive integers, got {widths!r}")
     return tuple(widths)
 
@@ -69,5 +76,5 @@ def check_choice(model: str, name: str, value: Any, choices: Sequence[Any]) -> N
 
 def check_rate(model: str, name: str, rate: float) -> None:
     """Raises unless the rate is a probability."""
-    if not 0 <= rate <= 1:
-        raise ValueError(f"{model}: {name}: expected a rate between 0 and 1, got {rate}")
+    if not isinstance(rate, (int, float)) or not 0 <= rate <= 1:
+        raise ValueError(f"{model}: {name}: expected a rate between 0 and 1, got {rate!r}")

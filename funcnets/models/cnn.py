@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ from funcnets.layers import activation, channel_dropout, conv, init_conv, init_l
 from funcnets.model import Model, bind
 from funcnets.models import blocks
 
-POOLS = {
+POOLS: dict[tuple[str, int], Callable[..., Tensor]] = {
     ("max", 1): layers.max_pool1d,
     ("max", 2): layers.max_pool2d,
     ("max", 3): layers.max_pool3d,
@@ -42,13 +43,20 @@ class Config:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "widths", blocks.check_widths("cnn", self.widths))
-        blocks.check_widths("cnn", (self.in_channels, self.num_classes, self.depth))
+        blocks.check_sizes(
+            "cnn",
+            in_channels=self.in_channels,
+            num_classes=self.num_classes,
+            depth=self.depth,
+            kernel_size=self.kernel_size,
+            groups=self.groups,
+        )
         blocks.check_choice("cnn", "norm", self.norm, (None, "batch", "group"))
         blocks.check_choice("cnn", "pool", self.pool, (None, "max", "avg"))
         blocks.check_choice("cnn", "dims", self.dims, (1, 2, 3))
         blocks.check_rate("cnn", "dropout", self.dropout)
         activation(self.activation)
-        if self.kernel_size < 1 or self.kernel_size % 2 == 0:
+        if self.kernel_size % 2 == 0:
             raise ValueError(f"cnn: kernel_size: expected an odd size, got {self.kernel_size}")
         if not self.widths:
             raise ValueError("cnn: widths: expected at least one block, got none")
@@ -98,7 +106,7 @@ def cnn(
     config = Config(
         in_channels,
         num_classes,
-        tuple(widths),
+        blocks.check_widths("cnn", widths),
         depth,
         kernel_size,
         dims,

@@ -29,7 +29,7 @@ class Config:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "widths", blocks.check_widths("mlp", self.widths))
-        blocks.check_widths("mlp", (self.in_features, self.out_features))
+        blocks.check_sizes("mlp", in_features=self.in_features, out_features=self.out_features)
         blocks.check_choice("mlp", "norm", self.norm, (None, "batch", "layer", "rms"))
         blocks.check_rate("mlp", "dropout", self.dropout)
         activation(self.activation)
@@ -55,7 +55,7 @@ def mlp(
     dropout follows the last layer.
 
     Args:
-        widths: of the hidden layers, any number of them.
+        widths: of the hidden layers, any number of them; without any, one linear map is left.
         activation: a name that `funcnets.layers.activation` knows.
         norm: between a hidden layer and its activation; "batch" takes inputs [batch, in_features].
         dropout: the rate after each activation, in training.
@@ -66,7 +66,8 @@ def mlp(
     >>> model.apply(params, torch.ones(5, 4)).shape
     torch.Size([5, 2])
     """
-    config = Config(in_features, out_features, tuple(widths), activation, norm, dropout, bias)
+    widths = blocks.check_widths("mlp", widths)
+    config = Config(in_features, out_features, widths, activation, norm, dropout, bias)
     return bind("mlp", config, init, forward)
 
 
@@ -91,8 +92,9 @@ def forward(
     key: random.Key | None = None,
 ) -> Any:
     """Outputs [..., out_features]; in training with the new buffers."""
+    _check_input(x, config)
     depth = len(config.widths)
-    keys = blocks.draw_keys("mlp", key, train and config.dropout > 0, depth)
+    keys = blocks.draw_keys("mlp", key, train and config.dropout > 0 and depth > 0, depth)
     buffers = {}
     for layer in range(depth):
         place = config.place(layer)
@@ -105,3 +107,10 @@ def forward(
             x = dropout(keys[layer], x, config.dropout)
     outputs = linear(params[str(config.place(depth))], x)
     return (outputs, blocks.buffers(buffers)) if train else outputs
+
+
+def _check_input(x: Tensor, config: Config) -> None:
+    flat = config.norm == "batch"  # which takes axis 1 for the features, whatever else there is
+    if x.shape[-1:] != (config.in_features,) or (flat and x.ndim != 2):
+        batch = "batch" if flat else "..."
+        raise ValueError(f"mlp: x: expected [{batch}, {config.in_features}], got {list(x.shape)}")

@@ -1,0 +1,332 @@
+"""What holds of every model: it equals its torch module, is pure, and bears every transform."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import math
+import pkgutil
+import re
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from model_cases import CASES, DTYPE, FAMILIES, NoArithmetic
+from tensordict import TensorDict
+from torch.func import grad, vjp, vmap
+
+from funcnets import compile, load, models, random, save, tree
+
+every_model = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+modes = pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
+KEY = random.key(7)
+
+
+def close(actual, expected, tolerance=1e-10):
+    tree.map(
+        lambda a, b: torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance),
+        actual,
+        expected,
+    )
+
+
+def identical(actual, expected):
+    close(actual, expected, tolerance=0)
+
+
+def differ(first, second):
+    return not all(tree.leaves(tree.map(torch.equal, first, second)))
+
+
+def members(case, n=3):
+    """An ensemble as a list of (params, inputs, key), and the same stacked."""
+    singles = [
+        (case.params(key), case.inputs(random.fold_in(key, 1)), random.fold_in(key, 2))
+        for key in random.split(KEY, n).unbind()
+    ]
+    params, inputs, keys = zip(*singles, strict=True)
+    together = tuple(map(torch.stack, zip(*inputs, strict=True)))
+    return singles, (tree.stack(params), together, torch.stack(keys))
+
+
+def loss_of(case):
+    """``loss(params, inputs, key)``: of the training mode, with the new buffers."""
+
+    def loss(params, inputs, key):
+        outputs, buffers = case.model.apply(params, *inputs, train=True, key=key)
+        return (outputs + 0.3 * outputs.square()).sum(), buffers
+
+    return loss
+
+
+def test_every_family_is_tested():
+    names = [module.name for module in pkgutil.iter_modules(models.__path__)]
+    modules = {name: importlib.import_module(f"funcnets.models.{name}") for name in names}
+    families = {name for name, module in modules.items() if hasattr(module, "Config")}
+    assert {case.model.family for case in CASES.values()} == families == set(FAMILIES)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@modes
+@given(data=st.data(), seed=st.integers(0, 2**16))
+def test_equals_the_torch_module(family, train, data, seed):
+    case, key = data.draw(FAMILIES[family]), random.key(seed)
+    params, inputs = case.params(random.fold_in(key, 0)), case.inputs(random.fold_in(key, 1))
+    module = case.reference(params).train(train)
+
+    def outputs_of(params, *inputs):
+        return (
+            case.model.apply(params, *inputs, train=True)[0]
+            if train
+            else (case.model.apply(params, *inputs))
+        )
+
+    tracked = [x.clone().requires_grad_() for x in inputs]
+    expected = module(*tracked)
+    outputs, pull_back = vjp(outputs_of, params, *inputs)
+    close(outputs, expected.detach())
+
+    cotangent = random.normal(random.fold_in(key, 2), outputs.shape, dtype=DTYPE)
+    expected.backward(cotangent)
+    param_grads, *input_grads = pull_back(cotangent)
+    close(input_grads, [x.grad for x in tracked])
+    wanted = {name: parameter.grad for name, parameter in module.named_parameters()}
+    for name, gradient in tree.to_state_dict(param_grads).items():
+        # None for a buffer.
+        close(gradient, wanted.get(name, torch.zeros_like(gradient)))
+    if train:
+        buffers = case.model.apply(params, *inputs, train=True)[1]
+        close(buffers, tree.partition(tree.from_module(module))[1])
+
+
+@every_model
+def test_init_is_a_function_of_the_key(case):
+    identical(case.model.init(random.key(1)), case.model.init(random.key(1)))
+    assert differ(case.model.init(random.key(1)), case.model.init(random.key(2)))
+
+
+@every_model
+def test_init_of_an_ensemble_is_the_init_of_its_members(case):
+    keys = random.split(KEY, 8)
+    ensemble = vmap(case.model.init)(keys)
+    assert ensemble.batch_size == (8,)
+    identical(tree.unstack(ensemble), [case.model.init(key) for key in keys.unbind()])
+
+
+@every_model
+def test_initial_values_are_distributed_as_in_torch(case):
+    n = 400
+    ensemble = vmap(case.model.init)(random.split(KEY, n))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        reference = tree.to_state_dict(tree.from_module(case.module()))
+    held = tree.to_state_dict(ensemble)
+    firsts = []
+    for name, leaf in held.items():
+        weight = held[f"{name.rpartition('.')[0]}.weight"][0]
+        if weight.ndim < 2:  # a norm: the same for every key
+            identical(leaf, reference[name].expand_as(leaf))
+            continue
+        bound = 1 / math.sqrt(weight[0].numel())
+        assert reference[name].abs().max() <= bound
+        # Kolmogorov's distance from the uniform distribution.
+        ranked = leaf.flatten().sort().values / bound / 2 + 0.5
+        distance = (ranked - torch.linspace(0, 1, len(ranked))).abs().max()
+        assert distance < 1.7 / math.sqrt(len(ranked))
+        firsts.append(leaf.reshape(n, -1)[:, 0])
+    if len(firsts) > 1:  # no two leaves are drawn alike
+        correlation = torch.corrcoef(torch.stack(firsts)) - torch.eye(len(firsts))
+        assert correlation.abs().max() < 5 / math.sqrt(n)
+
+
+@every_model
+def test_training_draws_by_key_and_inference_ignores_it(case):
+    params, inputs = case.params(KEY), case.inputs(KEY)
+    apply = partial(case.model.apply, params, *inputs)
+    first, again, other = (apply(train=True, key=random.key(i)) for i in (1, 1, 2))
+    identical(first, again)
+    assert differ(first[0], other[0]) == case.draws
+    identical(apply(key=random.key(1)), apply())
+    if case.draws:
+        with pytest.raises(ValueError, match=r"key: expected a key .*, got None"), NoArithmetic():
+            apply(train=True)
+    else:
+        identical(apply(train=True), first)
+
+
+@every_model
+@modes
+def test_arguments_are_left_as_they_were(case, train):
+    arguments = (case.params(KEY), case.inputs(KEY), random.key(3))
+    leaves, structure = tree.flatten(arguments)
+    before = [(leaf, leaf._version, leaf.clone()) for leaf in leaves]
+    params, inputs, key = arguments
+    results = case.model.apply(params, *inputs, train=train, key=key)
+    grad(lambda p: loss_of(case)(p, inputs, key)[0])(params)
+    assert tree.flatten(arguments)[1] == structure
+    for leaf, (same, version, value) in zip(tree.leaves(arguments), before, strict=True):
+        assert leaf is same
+        assert leaf._version == version
+        assert torch.equal(leaf, value)
+    # Nor do the results share memory with them: who changes one would change the other.
+    given = {leaf.untyped_storage().data_ptr() for leaf in leaves}
+    assert not given & {leaf.untyped_storage().data_ptr() for leaf in tree.leaves(results)}
+
+
+@every_model
+@pytest.mark.parametrize("in_dims", [(0, None), (None, 0), (0, 0)])
+def test_vmap_equals_the_loop(case, in_dims):
+    singles, (params, inputs, _) = members(case)
+    first_params, first_inputs, _ = singles[0]
+    chosen = (
+        first_params if in_dims[0] is None else params,
+        first_inputs if in_dims[1] is None else inputs,
+    )
+    outputs = vmap(lambda p, x: case.model.apply(p, *x), in_dims)(*chosen)
+    for i, (p, x, _) in enumerate(singles):
+        p, x = p if in_dims[0] == 0 else first_params, x if in_dims[1] == 0 else first_inputs
+        close(outputs[i], case.model.apply(p, *x))
+
+
+@every_model
+def test_an_ensemble_in_training_equals_the_loop(case):
+    singles, stacked = members(case)
+    loss = loss_of(case)
+    outputs, buffers = vmap(lambda p, x, k: case.model.apply(p, *x, train=True, key=k))(*stacked)
+    gradients, same_buffers = vmap(grad(loss, has_aux=True))(*stacked)
+    _, expected_buffers = tree.partition(stacked[0])
+    assert tree.compare(buffers, expected_buffers).lines == ()
+    identical(same_buffers, buffers)
+    for i, (p, x, k) in enumerate(singles):
+        wanted, new = case.model.apply(p, *x, train=True, key=k)
+        close(outputs[i], wanted)
+        close(tree.map(lambda leaf, i=i: leaf[i], buffers), new)
+        close(tree.map(lambda leaf, i=i: leaf[i], gradients), grad(loss, has_aux=True)(p, x, k)[0])
+
+
+@every_model
+def test_per_sample_gradients_equal_the_loop(case):
+    params, inputs = case.params(KEY), case.inputs(KEY)
+
+    def loss(params, *sample):
+        return case.model.apply(params, *(x[None] for x in sample)).square().sum()
+
+    gradients = vmap(grad(loss), (None, *[0] * len(inputs)))(params, *inputs)
+    for i, sample in enumerate(zip(*inputs, strict=True)):
+        close(tree.map(lambda leaf, i=i: leaf[i], gradients), grad(loss)(params, *sample))
+
+
+@every_model
+def test_a_compiled_step_equals_eager(case):
+    params, inputs = case.params(KEY), case.inputs(KEY)
+    step = grad(loss_of(case), has_aux=True)
+    compiled = compile(step, backend="aot_eager")
+    close(compiled(params, inputs, random.key(0)), step(params, inputs, random.key(0)))
+    # Another key, other values: none of them has become a constant.
+    params, inputs = case.params(random.key(1)), case.inputs(random.key(1))
+    close(compiled(params, inputs, random.key(1)), step(params, inputs, random.key(1)))
+
+
+@pytest.mark.dynamo
+@every_model
+def test_plain_torch_compile_forward_and_backward(case):
+    torch.compiler.reset()
+    params, inputs, key = case.params(KEY), case.inputs(KEY), random.key(0)
+    model = case.model
+    compiled = torch.compile(model.apply, fullgraph=True, backend="aot_eager")
+    close(compiled(params, *inputs), model.apply(params, *inputs))
+    close(
+        compiled(params, *inputs, train=True, key=key),
+        model.apply(params, *inputs, train=True, key=key),
+    )
+    for train in (False, True):
+        tracked = tree.map_with_path(
+            lambda path, leaf: leaf.clone().requires_grad_(tree.is_trainable(path, leaf)), params
+        )
+        points = [x.clone().requires_grad_() for x in inputs]
+        outputs = compiled(tracked, *points, train=train, key=key)
+        outputs = outputs[0] if train else outputs
+        outputs.square().sum().backward()
+
+        def loss(params, inputs, train=train):
+            outputs = model.apply(params, *inputs, train=train, key=key)
+            return (outputs[0] if train else outputs).square().sum()
+
+        wanted, wanted_inputs = grad(loss, (0, 1))(params, inputs)
+        close([x.grad for x in points], list(wanted_inputs))
+        trainable, _ = tree.partition(tracked)
+        close(tree.map(lambda leaf: leaf.grad, trainable), tree.partition(wanted)[0])
+
+
+@every_model
+@pytest.mark.parametrize("size", [(), (3,)], ids=["one", "ensemble"])
+def test_saved_and_loaded(case, size, tmp_path):
+    params, inputs = members(case)[1][0] if size else case.params(KEY), case.inputs(KEY)
+    save(tmp_path / "params", params, case.model)
+    model, loaded = load(tmp_path / "params")
+    assert (model.family, model.config) == (case.model.family, case.model.config)
+    assert loaded.batch_size == size
+    identical(loaded, params)
+    outputs, expected = (
+        vmap(apply, (0, *[None] * len(inputs)))(loaded, *inputs) if size else apply(loaded, *inputs)
+        for apply in (model.apply, case.model.apply)
+    )
+    identical(outputs, expected)
+
+
+@every_model
+def test_the_config_makes_the_model_again(case):
+    config = case.model.config
+    again = getattr(models, case.model.family)(**dataclasses.asdict(config))
+    assert again.config == config
+    assert hash(again.config) == hash(config)
+    identical(again.init(KEY), case.model.init(KEY))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.dropout = 0.5
+
+
+@every_model
+def test_parameters_that_do_not_fit(case):
+    params, inputs = case.params(KEY), case.inputs(KEY)
+    path, leaf = tree.leaves_with_path(params)[-1]
+    name, size = tree.join(path), list(leaf.shape)
+
+    def refused(changed, message):
+        for train in (False, True):
+            with pytest.raises(ValueError, match=message), NoArithmetic():
+                case.model.apply(changed, *inputs, train=train, key=KEY)
+
+    wrong = params.clone()
+    wrong[path] = torch.ones(*size, 2, dtype=DTYPE)
+    refused(wrong, re.escape(f"{name}: expected {size}, got {[*size, 2]}"))
+    missing = params.clone()
+    del missing[path]
+    refused(missing, re.escape(f"{name}: missing; expected {size}"))
+    extra = params.clone()
+    extra["more", "weight"] = torch.ones(2)
+    refused(extra, re.escape("more: unexpected; got weight [2]"))
+    ensemble = members(case)[1][0]
+    refused(ensemble, r"params: expected one network, got an ensemble of batch size \[3\].*vmap")
+    refused(TensorDict({}), "missing; expected")
+    trainable, buffers = tree.partition(params)
+    if tree.leaves(buffers):
+        refused(trainable, r"running_mean: missing; expected \[\d\]")
+
+
+@every_model
+def test_inputs_of_another_dtype(case):
+    params, inputs = case.params(KEY), case.inputs(KEY, torch.float32)
+    message = r": x: expected float64 \(as weight\), got float32\["
+    with pytest.raises(ValueError, match=message), NoArithmetic():
+        case.model.apply(params, *inputs)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES.values() if case.draws])
+@pytest.mark.parametrize("shape", [(1, 2), (3,)])
+def test_keys_of_a_wrong_shape(case, shape, unchecked):
+    params, inputs, key = case.params(KEY), case.inputs(KEY), torch.ones(shape, dtype=torch.uint64)
+    message = re.escape(f"key: expected uint64[2], got uint64{list(shape)}")
+    with pytest.raises(ValueError, match=message), NoArithmetic():
+        case.model.apply(params, *inputs, train=True, key=key)
