@@ -21,6 +21,10 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("ci")
 
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # one worker a core: threads of two would wait for each other
+
+
 def pytest_collection_modifyitems(config, items):
     """Each test runs in one of the two processes; the other leaves it out without a word."""
     wanted = [(item.get_closest_marker("dynamo") is not None) == UNCHECKED for item in items]
