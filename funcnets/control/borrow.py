@@ -1,26 +1,61 @@
-"""Operands that are safe for the members of a vmap that must run a branch they do not take."""
+"""What those run a branch on that do not take it, and which of the results is kept."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from funcnets import _torch
+from funcnets.control.closure import lift
+from funcnets.control.node import differentiable
 
 
-def borrow(mine: Tensor, operand: Any) -> Any:
-    """An operand with, for members where ``mine`` is false, the value of a member where it is true.
+def borrow(mine: Tensor, f: Callable[..., Any], operands: Any) -> Any:
+    """``f(*operands)`` where ``mine`` is true; elsewhere something of the same shape.
 
     Under vmap with a predicate per member every member runs every branch. Evaluated where it was
     never meant to be, a branch may be infinite, index out of range, or have a gradient that is not
     a number, and zero times that is not zero. So a member that does not take the branch runs it on
-    the operand of one that does, and throws the result away.
+    the operands, and the closed-over tensors, of one that does, and throws the result away.
     """
-    if not isinstance(operand, Tensor) or not _torch.batched(operand):
-        return operand
-    return _Borrow.apply(mine, operand)
+    tensors, build = lift((f, operands))
+    f, operands = build([_lend(mine, tensor) for tensor in tensors])
+    return f(*operands)
+
+
+def signed(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """f of a mask and tensors, for random keys, too.
+
+    They are of uint64, for which torch (2.11) has neither `where` nor `gather`.
+    """
+
+    @functools.wraps(f)
+    def g(mine: Tensor, *tensors: Tensor) -> Tensor:
+        dtype = tensors[0].dtype
+        if dtype not in (torch.uint16, torch.uint32, torch.uint64):
+            return f(mine, *tensors)
+        return f(mine, *(tensor.to(torch.int64) for tensor in tensors)).to(dtype)
+
+    return g
+
+
+@signed
+def choose(mine: Tensor, yes: Tensor, no: Tensor) -> Tensor:
+    """``yes`` where ``mine``, which has the first dimensions of both, is true; else ``no``."""
+    return torch.where(mine.reshape([*mine.shape, *[1] * (yes.ndim - mine.ndim)]), yes, no)
+
+
+@signed
+def _lend(mine: Tensor, operand: Tensor) -> Tensor:
+    # What all members share need not be lent. But in a recording it may be that no member takes the
+    # branch, and then the gradient that comes back from it must not count.
+    if _torch.batched(operand) or _torch.abstract():
+        return _Borrow.apply(mine, operand)
+    return operand
 
 
 class _Borrow(torch.autograd.Function):
@@ -34,7 +69,7 @@ class _Borrow(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
         ctx.save_for_backward(inputs[0])
         ctx.save_for_forward(inputs[0])
-        if not output.is_floating_point():
+        if not differentiable(output):
             ctx.mark_non_differentiable(output)
 
     @staticmethod
@@ -57,7 +92,6 @@ class _Borrow(torch.autograd.Function):
         if in_dims[1] is None:
             return _Borrow.apply(mine.any(0), operand), None
         lender = mine.to(torch.int8).argmax(0, keepdim=True)
-        own = mine.reshape(-1, *[1] * (operand.ndim - 1))
-        lent = torch.where(own, operand, operand.index_select(0, lender))
+        lent = choose(mine, operand, operand.index_select(0, lender))
         # Where no member of this group takes the branch, borrow from another group.
         return _Borrow.apply(mine.any(0), lent), 0

@@ -1,22 +1,24 @@
-"""Functions over trees as functions over lists of tensors, closed-over tensors included."""
+"""Functions as functions of the tensors that they close over, too."""
 
 from __future__ import annotations
 
 import functools
+import itertools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from funcnets import tree
 
-# Builds an object again around other tensors.
-Build = Callable[[tuple[Tensor, ...]], Any]
+# Builds an object again around other tensors, which are found by the id of those they replace. The
+# functions made on the way are noted in the same place, so that each is made once.
+Build = Callable[[dict[int, Any]], Any]
 
 
-def lift(f: Callable[..., Any]) -> tuple[list[Tensor], Callable[[tuple[Tensor, ...]], Any]]:
-    """The tensors that f closes over, and f as a function of them.
+def lift(value: Any) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], Any]]:
+    """The tensors in a tree of functions and tensors, and the tree as a function of them.
 
     A derivative is taken of the inputs of an operation, and a tensor in a closure is none; lifted,
     it is. Looked through are closures, defaults, functools.partial, methods' functions, and trees
@@ -27,12 +29,14 @@ def lift(f: Callable[..., Any]) -> tuple[list[Tensor], Callable[[tuple[Tensor, .
     >>> def times(w):
     ...     return lambda x: w * x
     >>> tensors, build = lift(times(torch.tensor(3.0)))
-    >>> tensors, build((torch.tensor(5.0),))(2)
+    >>> tensors, build([torch.tensor(5.0)])(2)
     ([tensor(3.)], tensor(10.))
     """
-    tensors: list[Tensor] = []
-    build = _lift(f, tensors, set())
-    return tensors, build if build is not None else lambda _: f
+    tensors: dict[int, Tensor] = {}
+    build = _lift(value, tensors, {})
+    if build is None or not tensors:
+        return [], lambda _: value
+    return list(tensors.values()), lambda new: build(dict(zip(tensors, new, strict=True)))
 
 
 class Opaque:
@@ -46,57 +50,57 @@ class Opaque:
         return self._f(*args)
 
 
-def _lift(value: Any, tensors: list[Tensor], inside: set[int]) -> Build | None:
+def _lift(value: Any, tensors: dict[int, Tensor], known: dict[int, Build | None]) -> Build | None:
     """How to build ``value`` around other tensors; None where it holds none."""
     if isinstance(value, Tensor):
-        known = [id(tensor) for tensor in tensors]
-        if id(value) not in known:
-            known.append(id(value))
-            tensors.append(value)
-        place = known.index(id(value))
-        return lambda new: new[place]
-    if id(value) in inside:  # a function that refers to itself
-        return None
-    inside = inside | {id(value)}
+        tensors.setdefault(id(value), value)
+        return lambda new: new[id(value)]
     if isinstance(value, types.FunctionType):
-        return _lift_function(value, tensors, inside)
+        if id(value) not in known:
+            # Until it is known: what a function that refers to itself finds.
+            known[id(value)] = lambda new: new[id(value)]
+            known[id(value)] = _lift_function(value, tensors, known)
+        return known[id(value)]
     if isinstance(value, functools.partial):
-        parts = _lift_all([value.func, *value.args, *value.keywords.values()], tensors, inside)
-        if parts is None:
-            return None
-        return _partial(parts, len(value.args), list(value.keywords))
+        parts = _lift_all([value.func, *value.args, *value.keywords.values()], tensors, known)
+        return None if parts is None else _partial(parts, len(value.args), list(value.keywords))
     if isinstance(value, types.MethodType):
-        method = _lift(value.__func__, tensors, inside)
+        method = _lift(value.__func__, tensors, known)
         return None if method is None else lambda new: types.MethodType(method(new), value.__self__)
     leaves, structure = tree.flatten(value)
     if structure is None:
         return None
-    parts = _lift_all(leaves, tensors, inside)
+    parts = _lift_all(leaves, tensors, known)
     return None if parts is None else lambda new: tree.unflatten(structure, parts(new))
 
 
-def _lift_function(f: types.FunctionType, tensors: list[Tensor], inside: set[int]) -> Build | None:
-    cells = [_contents(cell) for cell in f.__closure__ or ()]
-    keywords = f.__kwdefaults__ or {}
-    parts = _lift_all([*cells, *(f.__defaults__ or ()), *keywords.values()], tensors, inside)
+def _lift_function(
+    f: types.FunctionType, tensors: dict[int, Tensor], known: dict[int, Build | None]
+) -> Build | None:
+    held = [contents(cell) for cell in f.__closure__ or ()]
+    defaults, keywords = f.__defaults__ or (), f.__kwdefaults__ or {}
+    parts = _lift_all([*held, *defaults, *keywords.values()], tensors, known)
     if parts is None:
         return None
 
-    def build(new: tuple[Tensor, ...]) -> Any:
-        made = iter(parts(new))
-        closure = tuple(types.CellType(next(made)) for _ in cells)
-        defaults = tuple(next(made) for _ in f.__defaults__ or ())
-        copy = types.FunctionType(f.__code__, f.__globals__, f.__name__, defaults, closure)
-        copy.__kwdefaults__ = {name: next(made) for name in keywords}
-        return copy
+    def build(new: dict[int, Any]) -> Any:
+        if id(f) not in new:
+            cells = [types.CellType() for _ in held]
+            copy = types.FunctionType(f.__code__, f.__globals__, f.__name__, None, tuple(cells))
+            new[id(f)] = copy  # before its cells are filled, for one of them may hold it
+            made = iter(parts(new))
+            for cell, value in zip(cells, itertools.islice(made, len(cells)), strict=True):
+                if value is not _EMPTY:
+                    cell.cell_contents = value
+            copy.__defaults__ = tuple(itertools.islice(made, len(defaults)))
+            copy.__kwdefaults__ = dict(zip(keywords, made, strict=True))
+        return new[id(f)]
 
     return build
 
 
-def _partial(
-    parts: Callable[[tuple[Tensor, ...]], list[Any]], count: int, names: list[str]
-) -> Build:
-    def build(new: tuple[Tensor, ...]) -> Any:
+def _partial(parts: Callable[[dict[int, Any]], list[Any]], count: int, names: list[str]) -> Build:
+    def build(new: dict[int, Any]) -> Any:
         f, *made = parts(new)
         return functools.partial(f, *made[:count], **dict(zip(names, made[count:], strict=True)))
 
@@ -104,9 +108,9 @@ def _partial(
 
 
 def _lift_all(
-    values: list[Any], tensors: list[Tensor], inside: set[int]
-) -> Callable[[tuple[Tensor, ...]], list[Any]] | None:
-    builds = [_lift(value, tensors, inside) for value in values]
+    values: list[Any], tensors: dict[int, Tensor], known: dict[int, Build | None]
+) -> Callable[[dict[int, Any]], list[Any]] | None:
+    builds = [_lift(value, tensors, known) for value in values]
     if all(build is None for build in builds):
         return None
     return lambda new: [
@@ -114,8 +118,12 @@ def _lift_all(
     ]
 
 
-def _contents(cell: types.CellType) -> Any:
+def contents(cell: types.CellType) -> Any:
+    """What a variable of a closure holds."""
     try:
         return cell.cell_contents
     except ValueError:  # not filled yet
-        return None
+        return _EMPTY
+
+
+_EMPTY = object()

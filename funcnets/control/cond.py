@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,9 +11,9 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from funcnets import _torch, tree
-from funcnets.control.borrow import borrow
+from funcnets.control.borrow import borrow, choose
 from funcnets.control.closure import lift
-from funcnets.control.node import Node, Tensors
+from funcnets.control.node import Node, Tensors, differentiable
 from funcnets.control.outputs import (
     Described,
     check_agreement,
@@ -37,6 +38,11 @@ def cond(
     sees the other branch evaluated at its own operands, so what is infinite or undefined there
     cannot reach its result or its gradient (`route` pays only for the branches taken).
 
+    What torch (2.15) cannot do: a hessian per member of a vmap over the predicate, compiled. And
+    where plain torch.compile reads it, this is `torch.cond` over trees: it can be differentiated
+    with backward() but not with torch.func.grad, outputs are dicts, lists and tuples with names in
+    one order, and gradients fail that are expanded views (that of a sum) or nested.
+
     Args:
         pred: a bool, or a bool tensor of one element.
         true_fn, false_fn: pure functions of the operands, with outputs of equal structure, shapes
@@ -48,7 +54,7 @@ def cond(
         TypeError: pred is no bool, or an output is no tensor.
         ValueError: pred has several elements, or the branches' outputs disagree: both are shown.
             The branch that does not run is compared by its shapes, so its Python code is called
-            once, on tensors without numbers.
+            once, on tensors without numbers; one that reads a number is not compared.
 
     >>> x = torch.tensor([1.0, -2.0])
     >>> cond(x.sum() > 0, torch.sin, torch.neg, (x,))
@@ -79,14 +85,17 @@ def switch(
     operands, branches = tuple(operands), list(branches)
     if not branches:
         raise ValueError("switch: expected at least one branch, got none")
-    if isinstance(index, Tensor) and (
-        index.dtype.is_floating_point or index.dtype.is_complex or index.dtype == torch.bool
-    ):
+    if isinstance(index, Tensor):
+        integer = not differentiable(index) and index.dtype != torch.bool
+    else:
+        integer = isinstance(index, int) and not isinstance(index, bool)
+    if not integer:
         raise TypeError(f"switch: index: expected an integer, got {tree.describe(index)}")
     index = _one("switch", "index", index)
-    if not isinstance(index, Tensor) or len(branches) == 1:
-        place = index if isinstance(index, int) else 0
-        return branches[min(max(place, 0), len(branches) - 1)](*operands)
+    if isinstance(index, int):
+        return branches[min(max(index, 0), len(branches) - 1)](*operands)
+    if len(branches) == 1:
+        return branches[0](*operands)
     return _switch(index, branches, 0, operands)
 
 
@@ -112,14 +121,14 @@ def _cond(name: str, pred: Any, branches: Any, labels: Any, operands: tuple[Any,
     if not isinstance(pred, Tensor):
         return branches[0 if pred else 1](*operands)
     if torch.compiler.is_dynamo_compiling():
-        return torch.cond(pred, branches[0], branches[1], operands)
+        return _through_dynamo(pred, branches, operands)
     if _torch.batched(pred):
         return _both(name, pred, branches, labels, operands)
     if _torch.tracing():
         return _record(name, pred, branches, labels, operands)
     if _torch.abstract():
         outputs = [f(*operands) for f in branches]
-        check_agreement(name, *zip(labels, map(describe, outputs), strict=True))
+        _check(name, labels, outputs)
         return outputs[0]
     return _taken(name, bool(pred), branches, labels, operands)
 
@@ -138,31 +147,26 @@ def _both(name: str, pred: Tensor, branches: Any, labels: Any, operands: Any) ->
         values = _torch.physical(pred)
         if (agreed := bool(values.all())) or not values.any():
             return _taken(name, agreed, branches, labels, operands)
-    outputs = []
-    for mine, f in ((pred, branches[0]), (~pred, branches[1])):
-        captured, build = lift(f)
-        leaves, structure = tree.flatten((captured, operands))
-        captured, given = tree.unflatten(structure, [borrow(mine, leaf) for leaf in leaves])
-        outputs.append(build(tuple(captured))(*given))
+    outputs = [borrow(pred, branches[0], operands), borrow(~pred, branches[1], operands)]
+    _check(name, labels, outputs)
+    return tree.map(functools.partial(choose, pred), *outputs)
+
+
+def _check(name: str, labels: Any, outputs: Any) -> None:
+    for label, output in zip(labels, outputs, strict=True):
+        check_tensors(name, label, output)
     check_agreement(name, *zip(labels, map(describe, outputs), strict=True))
-    return tree.map(lambda yes, no: torch.where(pred, yes, no), *outputs)
 
 
-def _record(name: str, pred: Tensor, branches: Any, labels: Any, operands: Any) -> Any:
+def _record(name: str, pred: Tensor, branches: Any, labels: Any, operands: tuple[Any, ...]) -> Any:
     """The conditional as one node of the graph that is being recorded."""
-    leaves, structure = tree.flatten(operands)
-    lifted = [lift(f) for f in branches]
-    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    groups = [tensors, *(captured for captured, _ in lifted)]
-    starts = [sum(map(len, groups[:i])) for i in range(3)]
+    tensors, build = lift((branches, operands))
     returned: dict[int, Described] = {}
 
     def flat(i: int) -> Callable[..., Tensors]:
-        def branch(*flattened: Tensor) -> Tensors:
-            mine = flattened[starts[i + 1] : starts[i + 1] + len(groups[i + 1])]
-            rest = iter(flattened)
-            given = [next(rest) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-            output = lifted[i][1](mine)(*tree.unflatten(structure, given))
+        def branch(*tensors: Tensor) -> Tensors:
+            built, given = build(tensors)
+            output = built[i](*given)
             check_tensors(name, labels[i], output)
             returned[i] = describe(output)
             if len(returned) == 2:
@@ -171,9 +175,24 @@ def _record(name: str, pred: Tensor, branches: Any, labels: Any, operands: Any) 
 
         return branch
 
-    node = Node(_run, (flat(0), flat(1)), fixed=1)
-    outputs = node(pred, *(tensor for group in groups for tensor in group))
+    outputs = Node(_run, (flat(0), flat(1)), fixed=1)(pred, *tensors)
     return tree.unflatten(returned[0].structure, list(outputs))
+
+
+def _through_dynamo(pred: Tensor, branches: Any, operands: tuple[Any, ...]) -> Any:
+    """torch's own conditional: it takes tensors alone, and returns none of them as it is."""
+    leaves, structure = tree.flatten(operands)
+
+    def flat(f: Callable[..., Any]) -> Callable[..., Any]:
+        def branch(*tensors: Tensor) -> Any:
+            rest = iter(tensors)
+            given = [next(rest) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            return tree.map(torch.clone, f(*tree.unflatten(structure, given)))
+
+        return branch
+
+    tensors = tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
+    return torch.cond(pred, flat(branches[0]), flat(branches[1]), tensors)
 
 
 def _run(functions: Any, fixed: Tensors, tensors: Tensors) -> Tensors:

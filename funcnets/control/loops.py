@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,11 +11,16 @@ from torch import Tensor
 from torch.func import jvp, vmap
 
 from funcnets import _torch, tree
-from funcnets.control.borrow import borrow
+from funcnets.control.borrow import borrow, choose
 from funcnets.control.closure import Opaque, lift
 from funcnets.control.cond import cond
-from funcnets.control.node import Tensors
+from funcnets.control.node import Tensors, differentiable
 from funcnets.control.outputs import check_agreement, check_tensors, describe
+
+_NO_REVERSE = (
+    "while_loop: a compiled loop whose number of turns is unknown has no reverse-mode derivative; "
+    "give max_steps, use scan, or run it eager"
+)
 
 
 def scan(
@@ -37,24 +43,29 @@ def scan(
             to the old one in structure, shapes and dtypes, and an output (or None).
         init: the first carry.
         xs: a tree of tensors of one length along ``dim``, or None if ``length`` is given.
+        dim: the dimension of xs that is scanned over.
         reverse: from the last slice to the first; outputs stay at the place of their slice.
         length: the number of turns where there is no xs.
 
     Returns:
-        The last carry, and the outputs stacked along ``dim``.
+        The last carry, and the outputs stacked along ``dim`` (an output with fewer dimensions than
+        that: along its first). Where the length is 0, ``init`` and outputs of length 0, whose
+        shapes come from a call of combine_fn on zeros.
 
     Raises:
-        ValueError: lengths disagree, nothing gives the length, or the carry changes its structure,
-            a shape or a dtype.
+        TypeError: combine_fn does not return a pair of trees of tensors.
+        ValueError: lengths disagree, nothing gives the length, or the carry or the output changes
+            its structure, a shape or a dtype from turn to turn.
 
     >>> scan(lambda total, x: (total + x, total + x), torch.tensor(0), torch.tensor([1, 2, 3]))
     (tensor(6), tensor([1, 3, 6]))
     """
     slices, turns = _slices(xs, dim, length)
-    carry, ys = init, []
-    kind = describe(init)
     check_tensors("scan", "init", init)
-    for turn in reversed(range(turns)) if reverse else range(turns):
+    kind = describe(init)
+    carry, ys = init, []
+    # No turns are one turn on zeros, for the shapes of its output, of which nothing is kept.
+    for turn in reversed(range(turns or 1)) if reverse else range(turns or 1):
         returned = combine_fn(carry, slices(turn))
         if not isinstance(returned, tuple) or len(returned) != 2:
             raise TypeError(
@@ -62,15 +73,22 @@ def scan(
             )
         carry, y = returned
         _check_carry("scan", "combine_fn", kind, carry)
+        check_tensors("scan", "combine_fn: output", y)
         ys.append(y)
-    if not ys:
-        raise ValueError("scan: expected at least one turn, got a sequence of length 0")
+        check_agreement("scan", ("the first turn", describe(ys[0])), ("a later one", describe(y)))
     if reverse:
         ys.reverse()
-    return carry, tree.map(lambda *parts: torch.stack(parts, dim), *ys)
+
+    def stack(*parts: Tensor) -> Tensor:
+        # As torch's scan: an output that has not as many dimensions is stacked along its first.
+        along = dim if -parts[0].ndim - 1 <= dim <= parts[0].ndim else 0
+        return torch.stack(parts, along).narrow(along, 0, turns)
+
+    return carry if turns else init, tree.map(stack, *ys)
 
 
 def _slices(xs: Any, dim: int, length: int | None) -> tuple[Callable[[int], Any], int]:
+    """The slice of each turn, and how many turns there are."""
     leaves, structure = tree.flatten(xs)
     lengths = {} if length is None else {"length": length}
     for path, leaf in tree.leaves_with_path(xs):
@@ -85,11 +103,11 @@ def _slices(xs: Any, dim: int, length: int | None) -> tuple[Callable[[int], Any]
     if len(set(lengths.values())) > 1:
         found = ", ".join(f"{path} {n}" for path, n in lengths.items())
         raise ValueError(f"scan: xs: expected equal lengths along dimension {dim}, got {found}")
-    parts = [leaf.unbind(dim) for leaf in leaves]
-    return (
-        lambda turn: tree.unflatten(structure, [part[turn] for part in parts]),
-        next(iter(lengths.values())),
-    )
+    turns = next(iter(lengths.values()))
+    if turns < 0:
+        raise ValueError(f"scan: length: expected at least 0, got {turns}")
+    parts = [leaf.unbind(dim) if turns else (leaf.sum(dim, dtype=leaf.dtype),) for leaf in leaves]
+    return lambda turn: tree.unflatten(structure, [part[turn] for part in parts]), turns
 
 
 def while_loop(
@@ -107,7 +125,9 @@ def while_loop(
     In eager every transform works. Compiled, the number of turns is not known, and a reverse-mode
     derivative (grad, vjp, hessian) would have to keep the carry of every turn: it raises a
     RuntimeError that says so. Give ``max_steps``, and the turns are laid out as that many
-    conditionals, which every transform can take.
+    conditionals, which every transform can take. All this holds for `funcnets.compile`; plain
+    torch.compile takes both kinds of loop forward, and those of ``max_steps`` backward if no
+    integer is carried.
 
     Args:
         cond_fn: takes the carry, returns a bool tensor of one element.
@@ -123,11 +143,11 @@ def while_loop(
     """
     carried = tuple(carried_inputs)
     check_tensors("while_loop", "carried_inputs", carried)
-    kind = describe(carried)
+    kind, sequences = describe(carried), (tuple, list, type(carried_inputs))
 
     def predicate(*carried: Any) -> Tensor:
         pred = cond_fn(*carried)
-        pred = torch.as_tensor(pred) if isinstance(pred, bool) else pred
+        pred = torch.tensor(pred) if isinstance(pred, bool) else pred
         if not isinstance(pred, Tensor) or pred.dtype != torch.bool or pred.numel() != 1:
             raise TypeError(
                 f"while_loop: cond_fn: expected a bool tensor of one element, "
@@ -137,24 +157,25 @@ def while_loop(
 
     def body(*carried: Any) -> Any:
         new = body_fn(*carried)
-        new = tuple(new) if isinstance(new, (tuple, list)) else (new,)
+        new = tuple(new) if type(new) in sequences else (new,)
         _check_carry("while_loop", "body_fn", kind, new)
         return kind.ordered(new)
 
-    if _torch.abstract() and max_steps is None:
+    recording = torch.compiler.is_dynamo_compiling() or _torch.abstract()
+    if recording and max_steps is None:
         return _record(predicate, body, carried)
     turns = 0
     while max_steps is None or turns < max_steps:
         pred = predicate(*carried)
-        if _torch.abstract():
-            carried = cond(pred, body, lambda *same: tree.map(torch.clone, same), carried)
-        elif not _torch.physical(pred).any():
-            break
-        elif _torch.batched(pred):
-            new = body(*tree.map(lambda leaf, pred=pred: borrow(pred, leaf), carried))
-            carried = tree.map(lambda a, b, pred=pred: torch.where(pred, a, b), new, carried)
-        else:
+        if recording:
+            carried = cond(pred, body, lambda *same: same, carried)
+        elif _torch.physical(pred).all():
             carried = body(*carried)
+        elif _torch.physical(pred).any():
+            new = borrow(pred, body, carried)
+            carried = tree.map(functools.partial(choose, pred), new, carried)
+        else:
+            break
         turns += 1
     return carried
 
@@ -167,6 +188,11 @@ def _check_carry(name: str, label: str, kind: Any, carry: Any) -> None:
 def _record(predicate: Any, body: Any, carried: tuple[Any, ...]) -> Any:
     """The loop as one node of the graph that is being recorded."""
     leaves, structure = tree.flatten(carried)
+    if torch.compiler.is_dynamo_compiling():
+        return _through_dynamo(predicate, body, leaves, structure)
+    if not _torch.tracing():  # only the shapes are asked for
+        predicate(*carried)
+        return body(*carried)
     lifted = [lift(predicate), lift(body)]
     captured = [*lifted[0][0], *lifted[1][0]]
     count, split = len(leaves), len(leaves) + len(lifted[0][0])
@@ -180,6 +206,24 @@ def _record(predicate: Any, body: Any, carried: tuple[Any, ...]) -> Any:
         return tuple(tree.leaves(f(*tree.unflatten(structure, list(tensors[:count])))))
 
     outputs = _While.apply(Opaque(flat_predicate), Opaque(flat_body), count, *leaves, *captured)
+    return tree.unflatten(structure, list(outputs))
+
+
+def _through_dynamo(predicate: Any, body: Any, leaves: list[Tensor], structure: Any) -> Any:
+    """torch's own loop: it carries tensors alone, and returns none of them as it is."""
+
+    def flat_body(*tensors: Tensor) -> Tensors:
+        new = body(*tree.unflatten(structure, list(tensors)))
+        return tuple(leaf.clone() for leaf in tree.leaves(new))
+
+    outputs = _torch.while_node(
+        lambda *tensors: predicate(*tree.unflatten(structure, list(tensors))),
+        flat_body,
+        tuple(leaves),
+        (),
+    )
+    if any(output.requires_grad for output in outputs):
+        raise RuntimeError(_NO_REVERSE)  # torch's own (2.15) is wrong for a loop of no turns
     return tree.unflatten(structure, list(outputs))
 
 
@@ -209,20 +253,17 @@ class _While(torch.autograd.Function):
         ctx.predicate, ctx.body, ctx.count, *tensors = inputs
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
-        ctx.mark_non_differentiable(*(o for o in output if not o.is_floating_point()))
+        ctx.mark_non_differentiable(*(o for o in output if not differentiable(o)))
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Any) -> Any:
-        raise RuntimeError(
-            "while_loop: a compiled loop whose number of turns is unknown has no reverse-mode "
-            "derivative; give max_steps, use scan, or run it eager"
-        )
+        raise RuntimeError(_NO_REVERSE)
 
     @staticmethod
     def jvp(ctx: Any, _predicate: Any, _body: Any, _count: Any, *tangents: Any) -> Any:
         tensors, count = ctx.saved_tensors, ctx.count
         # Carried: the numbers, and a tangent for each that has one. Constant: the same of the rest.
-        moving = [i for i in range(count) if tensors[i].is_floating_point()]
+        moving = [i for i in range(count) if differentiable(tensors[i])]
         moved = [i for i in range(count, len(tensors)) if tangents[i] is not None]
         first = [
             torch.zeros_like(tensors[i]) if tangents[i] is None else tangents[i] for i in moving
@@ -246,7 +287,8 @@ class _While(torch.autograd.Function):
 
             along = tuple(primals[i] for i in varied)
             result: Any = jvp(partially, along, tuple(directions), has_aux=True)
-            return (*result[2], *result[1])
+            # Of the dtype of what they belong to, as in Node.
+            return (*result[2], *(t.to(o.dtype) for o, t in zip(*result[:2], strict=True)))
 
         outputs = _While.apply(
             Opaque(lambda *now: ctx.predicate(*numbers(now))),

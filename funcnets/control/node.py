@@ -19,6 +19,11 @@ from torch.func import jvp, vjp, vmap
 Tensors = tuple[Tensor, ...]
 
 
+def differentiable(tensor: Tensor) -> bool:
+    """Whether a tensor of this dtype can have a derivative."""
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
 class Node:
     """An operation on tensors, known by functions from tensors to tensors that it may call.
 
@@ -58,8 +63,9 @@ class _Apply(torch.autograd.Function):
         ctx.node, *tensors = inputs
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
-        ctx.floating = [o.is_floating_point() for o in output]
-        ctx.mark_non_differentiable(*(o for o in output if not o.is_floating_point()))
+        ctx.count = len(output)
+        ctx.given = [i for i, o in enumerate(output) if differentiable(o)]
+        ctx.mark_non_differentiable(*(o for o in output if not differentiable(o)))
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
@@ -68,9 +74,9 @@ class _Apply(torch.autograd.Function):
         wanted = [
             i
             for i, operand in enumerate(operands)
-            if operand.is_floating_point() and ctx.needs_input_grad[1 + node.fixed + i]
+            if differentiable(operand) and ctx.needs_input_grad[1 + node.fixed + i]
         ]
-        given = [i for i, floating in enumerate(ctx.floating) if floating]
+        given = ctx.given
         count = len(operands)
 
         def rule(f: Callable[..., Tensors]) -> Callable[..., Tensors]:
@@ -95,6 +101,8 @@ class _Apply(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
         node, tensors = ctx.node, ctx.saved_tensors
+        if not ctx.given:
+            return tuple(None for _ in range(ctx.count))
         moved = [i for i, t in enumerate(tangents[1 + node.fixed :]) if t is not None]
         count = len(tensors) - node.fixed
 
@@ -106,16 +114,16 @@ class _Apply(torch.autograd.Function):
                     for i, value in zip(moved, varied, strict=True):
                         primals[i] = value
                     outputs = f(*primals)
-                    return tuple(
-                        o for o, wanted in zip(outputs, ctx.floating, strict=True) if wanted
-                    )
+                    return tuple(outputs[i] for i in ctx.given)
 
-                return jvp(partially, tuple(both[i] for i in moved), both[count:])[1]
+                found: Any = jvp(partially, tuple(both[i] for i in moved), both[count:])
+                # torch's (2.15) tangent of a float32 number times a Python number is float64.
+                return tuple(t.to(o.dtype) for o, t in zip(*found, strict=True))
 
             return push
 
         pushed = iter(node.derive(rule)(*tensors, *(tangents[1 + node.fixed + i] for i in moved)))
-        return tuple(next(pushed) if floating else None for floating in ctx.floating)
+        return tuple(next(pushed) if i in ctx.given else None for i in range(ctx.count))
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, node: Node, *tensors: Tensor) -> Any:

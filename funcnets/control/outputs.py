@@ -11,9 +11,15 @@ import torch
 from torch import Tensor
 
 from funcnets import _torch, tree
+from funcnets.control.closure import contents, lift
 
 # Which branches were compared for which operands. Nothing but the time of a call depends on it.
 _compared: set[Any] = set()
+_MOST = 4096
+
+
+class DisagreementError(ValueError):
+    """Outputs that ought to be alike are not."""
 
 
 class Described(NamedTuple):
@@ -66,7 +72,7 @@ def check_agreement(name: str, first: tuple[str, Described], second: tuple[str, 
     ]
     where = f" at {differing[0]}" if differing and differing[0] != "(root)" else ""
     kinds = "" if differing else f" ({_kind(output)} and {_kind(against)})"
-    raise ValueError(
+    raise DisagreementError(
         f"{name}: expected outputs of equal structure, shapes and dtypes{where}{kinds}; "
         f"{label} returns {output}; {other} returns {against}"
     )
@@ -77,66 +83,61 @@ def check_untaken(
 ) -> None:
     """Compares an output with that of a branch that is not run, by its shapes alone.
 
-    Once for the same code and kinds of operands; a branch that has no shapes without numbers (it
+    Once for the same code and kinds of tensors; a branch that has no shapes without numbers (it
     reads a value, say) is left alone.
     """
-    leaves, structure = tree.flatten(operands)
     label, f = other
-    code = _code(f)
-    kinds = tuple((leaf.shape, leaf.dtype) for leaf in leaves if isinstance(leaf, Tensor))
-    outputs = tuple((leaf.shape, leaf.dtype) for leaf in tree.leaves(taken[1]))
-    key = (code, structure, kinds, outputs)
-    if code is not None and key in _compared:
+    key = _key((f, operands, taken[1]), ())
+    if key in _compared:
         return
+    tensors, build = lift((f, operands))
     try:
         with _torch.shapes_only():
-            output = f(*tree.unflatten(structure, [_hollow(leaf) for leaf in leaves]))
+            f, operands = build([_hollow(tensor) for tensor in tensors])
+            output = f(*operands)
+    except DisagreementError:  # of a conditional inside
+        raise
     except Exception:
         return
     check_tensors(name, label, output)
     check_agreement(name, (taken[0], describe(taken[1])), (label, describe(output)))
-    if code is not None:
-        _compared.add(key)
+    if len(_compared) == _MOST:
+        _compared.clear()
+    _compared.add(key)
 
 
-def _code(f: Any) -> Any:
-    """What tells one branch from another from call to call; None where nothing does."""
-    if isinstance(f, types.BuiltinFunctionType):
-        return f
-    if isinstance(f, functools.partial):
-        code = _code(f.func)
-        return None if code is None else (code, len(f.args), *f.keywords)
-    if not isinstance(f, types.FunctionType):
-        return None
-    inner = []
-    for cell in f.__closure__ or ():
-        try:
-            value = cell.cell_contents
-        except ValueError:
-            continue
-        for item in value if isinstance(value, (list, tuple)) else [value]:
-            if isinstance(item, Tensor):
-                inner.append((item.shape, item.dtype))
-            elif isinstance(item, (types.FunctionType, functools.partial)):
-                inner.append(_code(item))
-    return f.__code__, tuple(inner)
+def _key(value: Any, inside: tuple[Any, ...]) -> Any:
+    """What tells the shapes that a function returns, or a tree has, from call to call."""
+    if isinstance(value, Tensor):
+        return value.shape, value.dtype
+    if isinstance(value, types.FunctionType):
+        if value in inside:  # it refers to itself
+            return None
+        cells = [_key(contents(cell), (*inside, value)) for cell in value.__closure__ or ()]
+        defaults = _key((value.__defaults__, value.__kwdefaults__), (*inside, value))
+        return value.__code__, tuple(cells), defaults
+    if isinstance(value, functools.partial):
+        return _key((value.func, value.args, value.keywords), inside)
+    if value is None or isinstance(value, (bool, int, str, types.BuiltinFunctionType)):
+        return type(value), value
+    leaves, structure = tree.flatten(value)
+    if structure is None:
+        return type(value)
+    return structure, tuple(_key(leaf, inside) for leaf in leaves)
 
 
-def _hollow(leaf: Any) -> Any:
-    if not isinstance(leaf, Tensor):
-        return leaf
-    return torch.empty(leaf.shape, dtype=leaf.dtype, device=leaf.device)
+def _hollow(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
 
 
 def _unordered(node: Any) -> Any:
     """A structure in which the order of names does not count."""
     if node is None:
         return None
-    if all(isinstance(key, int) for key in node.keys):
-        children: Any = tuple(map(_unordered, node.children))
-    else:
-        children = frozenset(zip(node.keys, map(_unordered, node.children), strict=True))
-    return node.kind, children
+    children = frozenset(zip(node.keys, map(_unordered, node.children), strict=True))
+    # The batch size of a TensorDict follows from its tensors, or does not count.
+    meta = None if isinstance(node.meta, torch.Size) else node.meta
+    return node.kind, meta, children
 
 
 def _kind(output: Described) -> str:

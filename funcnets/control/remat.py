@@ -6,7 +6,9 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from funcnets import tree
 from funcnets.control.closure import lift
@@ -24,30 +26,27 @@ def remat(f: Callable[..., Any]) -> Callable[..., Any]:
         f: a pure function of trees. Its tensors may also be closed over, but not be reached
             through a global or an attribute where they are to be differentiated.
 
-    >>> import torch
     >>> torch.func.grad(remat(lambda x: x.sin().exp()))(torch.tensor(0.0))
     tensor(1.)
     """
 
     @functools.wraps(f)
     def rematerialised(*args: Any, **kwargs: Any) -> Any:
-        captured, build = lift(f)
-        leaves, structure = tree.flatten((args, kwargs))
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        if torch.compiler.is_dynamo_compiling():
+            return checkpoint(f, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+        tensors, build = lift((f, args, kwargs))
         outputs: list[Any] = []
 
-        def flat(*flattened: Tensor) -> Tensors:
-            rest = iter(flattened)
-            given = [next(rest) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-            positional, named = tree.unflatten(structure, given)
-            returned, shape = tree.flatten(build(tuple(rest))(*positional, **named))
-            outputs[:] = [returned, shape]
-            return tuple(leaf for leaf in returned if isinstance(leaf, Tensor))
+        def flat(*tensors: Tensor) -> Tensors:
+            again, positional, named = build(tensors)
+            leaves, structure = tree.flatten(again(*positional, **named))
+            outputs[:] = [leaves, structure]
+            return tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
 
-        computed = iter(Node(_run, (flat,), fixed=0)(*tensors, *captured))
-        returned, shape = outputs
+        computed = iter(Node(_run, (flat,), fixed=0)(*tensors))
+        leaves, structure = outputs
         return tree.unflatten(
-            shape, [next(computed) if isinstance(leaf, Tensor) else leaf for leaf in returned]
+            structure, [next(computed) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         )
 
     return rematerialised

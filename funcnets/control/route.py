@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,8 +11,9 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from funcnets import _torch, tree
-from funcnets.control.borrow import borrow
+from funcnets.control.borrow import borrow, choose, signed
 from funcnets.control.cond import cond
+from funcnets.control.node import differentiable
 from funcnets.control.outputs import check_agreement, check_tensors, describe
 
 
@@ -31,7 +33,8 @@ def route(
     Compiled, and where the index differs between the members of a vmap, shapes cannot depend on
     the numbers: a branch that some sample takes then runs on the whole batch and its results are
     selected (compiled, a branch that none takes is still skipped). A sample's result must
-    therefore not depend on the other samples of the batch.
+    therefore not depend on the other samples of the batch. Plain torch.compile runs it within the
+    limits of `cond`.
 
     Args:
         index: integers from 0 to ``len(branches) - 1``, or booleans (False takes branch 0).
@@ -53,21 +56,25 @@ def route(
     _check(index, branches, inputs)
     if index.dtype == torch.bool:
         index = index.to(torch.int64)
-    if _torch.batched(index) or _torch.abstract():
+    if torch.compiler.is_dynamo_compiling():
+        return _record(index, branches, params, inputs)
+    if _torch.batched(index):
         return _select(index, branches, params, inputs)
+    if _torch.abstract():
+        return _record(index, branches, params, inputs)
     return _gather(index, branches, params, inputs)
 
 
 def _gather(index: Tensor, branches: list[Any], params: Any, inputs: tuple[Any, ...]) -> Any:
     sizes = _sizes(index, len(branches))
-    taken = [place for place, size in enumerate(sizes) if size] or [0]
+    taken = list(sizes)
     if len(taken) == 1:
         output = branches[taken[0]](params, *inputs)
         _check_output(taken[0], output, len(index))
         return output
     order = index.argsort(stable=True)
     outputs = []
-    for place, rows in zip(taken, order.split([sizes[t] for t in taken]), strict=True):
+    for place, rows in zip(taken, order.split(list(sizes.values())), strict=True):
         own = tree.map(lambda x, rows=rows: x.index_select(0, rows), inputs)
         output = branches[place](params, *own)
         _check_output(place, output, len(rows))
@@ -77,58 +84,78 @@ def _gather(index: Tensor, branches: list[Any], params: Any, inputs: tuple[Any, 
     return tree.map(lambda *parts: torch.cat(parts).index_select(0, back), *outputs)
 
 
-def _sizes(index: Tensor, count: int) -> list[int]:
-    index = _torch.physical(index)
+def _sizes(index: Tensor, count: int) -> dict[int, int]:
+    """The branches taken, and by how many samples; for none the first, to tell the shapes."""
+    index = _torch.physical(index).flatten()
     if len(index) and not 0 <= int(index.min()) <= int(index.max()) < count:
         raise ValueError(
             f"route: index: expected values from 0 to {count - 1}, "
             f"got values from {int(index.min())} to {int(index.max())}"
         )
-    return torch.bincount(index, minlength=count).tolist()
+    sizes = torch.bincount(index, minlength=count).tolist()
+    return {place: size for place, size in enumerate(sizes) if size} or {0: 0}
 
 
 def _select(index: Tensor, branches: list[Any], params: Any, inputs: tuple[Any, ...]) -> Any:
-    index = index.clamp(0, len(branches) - 1)
-    output = None
-    for place, branch in enumerate(branches):
+    """Every branch that some member takes on the whole batch; then sample by sample, its own."""
+    if _torch.abstract():
+        index, taken = index.clamp(0, len(branches) - 1), list(range(len(branches)))
+    else:
+        taken = list(_sizes(index, len(branches)))
+    outputs = []
+    for place in taken:
         mine = index == place
-        if not _torch.abstract() and not _torch.physical(mine).any():
-            continue
-
-        def run(before: Any, mine: Tensor, params: Any, *inputs: Any, branch: Any = branch) -> Any:
-            after = branch(params, *tree.map(lambda x: _own(mine, x), inputs))
-            return tree.map(
-                lambda a, b: torch.where(mine.reshape(-1, *[1] * (a.ndim - 1)), a, b), after, before
-            )
-
-        if output is None:
-            # For its shapes only; nothing of it is used, so a compiler drops it.
-            output = tree.map(torch.zeros_like, branch(params, *inputs))
-            _check_output(place, output, len(index))
-            first = place
-        else:
-            _check_agreement([first, place], [output, branch(params, *inputs)])
-        operands = (output, mine, params, *inputs)
-        if _torch.batched(mine):
-            output = run(*operands)
-        else:
-            output = cond(
-                mine.any(), run, lambda before, *_: tree.map(torch.clone, before), operands
-            )
+        own = tree.map(lambda x, mine=mine: _own(mine, x), inputs)
+        # A member none of whose samples comes here has nothing to run the branch on.
+        outputs.append(borrow(mine.any(), branches[place], (params, *own)))
+        _check_output(place, outputs[-1], len(index))
+    _check_agreement(taken, outputs)
+    output = outputs[0]
+    for place, other in zip(taken[1:], outputs[1:], strict=True):
+        output = tree.map(functools.partial(choose, index == place), other, output)
     return output
 
 
+def _record(index: Tensor, branches: list[Any], params: Any, inputs: tuple[Any, ...]) -> Any:
+    """A conditional for each branch: whether some sample takes it."""
+    index = index.clamp(0, len(branches) - 1)
+    # For its shapes only; nothing of it is used, so it is dropped from the record.
+    output = branches[0](params, *inputs)
+    _check_output(0, output, len(index))
+    output = tree.map(lambda x: torch.zeros(x.shape, dtype=x.dtype, device=x.device), output)
+
+    for place, branch in enumerate(branches):
+
+        def run(
+            before: Any,
+            mine: Tensor,
+            params: Any,
+            *inputs: Any,
+            place: int = place,
+            branch: Any = branch,
+        ) -> Any:
+            after = branch(params, *tree.map(lambda x: _own(mine, x), inputs))
+            _check_output(place, after, len(mine))
+            _check_agreement([0, place], [before, after])
+            return tree.map(functools.partial(choose, mine), after, before)
+
+        mine = index == place
+        operands = (output, mine, params, *inputs)
+        output = cond(mine.any(), run, lambda before, *_: tree.map(torch.clone, before), operands)
+    return output
+
+
+@signed
 def _own(mine: Tensor, x: Tensor) -> Tensor:
     """x with, for samples that go elsewhere, a sample that comes here (see `borrow`)."""
     if not len(x):
         return x
     lent = x.index_select(0, mine.to(torch.int8).argmax(0, keepdim=True))
-    own = torch.where(mine.reshape(-1, *[1] * (x.ndim - 1)), x, lent)
-    return borrow(mine.any(), own)
+    return choose(mine, x, lent)
 
 
-def _check(index: Tensor, branches: list[Any], inputs: tuple[Any, ...]) -> None:
-    if not isinstance(index, Tensor) or index.dtype.is_floating_point or index.ndim != 1:
+def _check(index: Any, branches: list[Any], inputs: tuple[Any, ...]) -> None:
+    if not isinstance(index, Tensor) or differentiable(index) or index.ndim != 1:
         raise TypeError(
             f"route: index: expected integers or booleans of shape [batch], "
             f"got {tree.describe(index)}"
