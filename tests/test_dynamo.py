@@ -13,7 +13,18 @@ TESTS = Path(__file__).parent
 
 def test_in_a_process_without_signature_checks():
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-m", "dynamo", "-q", "-n0", "-p", "no:cacheprovider", TESTS],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-m",
+            "dynamo",
+            "-q",
+            "-n0",
+            "-p",
+            "no:cacheprovider",
+            TESTS,
+        ],
         cwd=TESTS.parent,
         env=os.environ | {"FUNCNETS_UNCHECKED": "1"},
         stdout=subprocess.PIPE,
