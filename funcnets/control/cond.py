@@ -51,7 +51,7 @@ def cond(
         operands: a sequence of trees.
 
     Raises:
-        TypeError: pred is no bool, or an output is no tensor.
+        TypeError: pred is no bool, operands are no sequence, or an output is no tensor.
         ValueError: pred has several elements, or the branches' outputs disagree: both are shown.
             The branch that does not run is compared by its shapes, so its Python code is called
             once, on tensors without numbers; one that reads a number is not compared.
@@ -62,7 +62,7 @@ def cond(
     >>> torch.func.vmap(lambda x: cond(x > 0, torch.log, torch.neg, (x,)))(x)
     tensor([0., 2.])
     """
-    operands = tuple(operands)
+    operands = sequence("cond", "operands", operands)
     labels = ("true_fn", "false_fn")
     return _cond("cond", _scalar("cond", pred), (true_fn, false_fn), labels, operands)
 
@@ -82,7 +82,7 @@ def switch(
     >>> switch(torch.tensor(1), [torch.sin, torch.neg, torch.exp], (torch.tensor(3.0),))
     tensor(-3.)
     """
-    operands, branches = tuple(operands), list(branches)
+    operands, branches = sequence("switch", "operands", operands), list(branches)
     if not branches:
         raise ValueError("switch: expected at least one branch, got none")
     if isinstance(index, Tensor):
@@ -206,6 +206,16 @@ def _run(functions: Any, fixed: Tensors, tensors: Tensors) -> Tensors:
         )
 
     return tuple(_torch.cond_node(fixed[0], *map(apart, functions), tuple(operands)))
+
+
+def sequence(name: str, what: str, values: Any) -> tuple[Any, ...]:
+    """Values as a tuple; one tree in place of a sequence of trees is an error."""
+    if not isinstance(values, (tuple, list)):
+        raise TypeError(
+            f"{name}: {what}: expected a sequence of trees, such as (x,), "
+            f"got {tree.describe(values)}"
+        )
+    return tuple(values)
 
 
 def _scalar(name: str, pred: Any) -> Any:

@@ -13,7 +13,7 @@ from torch.func import jvp, vmap
 from funcnets import _torch, tree
 from funcnets.control.borrow import borrow, choose
 from funcnets.control.closure import Opaque, lift
-from funcnets.control.cond import cond
+from funcnets.control.cond import cond, sequence
 from funcnets.control.node import Tensors, differentiable
 from funcnets.control.outputs import check_agreement, check_tensors, describe
 
@@ -141,7 +141,7 @@ def while_loop(
     >>> while_loop(lambda n: n < 100, lambda n: (n * 2,), (torch.tensor(3),))
     (tensor(192),)
     """
-    carried = tuple(carried_inputs)
+    carried = sequence("while_loop", "carried_inputs", carried_inputs)
     check_tensors("while_loop", "carried_inputs", carried)
     kind, sequences = describe(carried), (tuple, list, type(carried_inputs))
 

@@ -87,7 +87,7 @@ def check_untaken(
     reads a value, say) is left alone.
     """
     label, f = other
-    key = _key((f, operands, taken[1]), ())
+    key = _key((f, operands, taken[1]), set())
     if key in _compared:
         return
     tensors, build = lift((f, operands))
@@ -106,24 +106,26 @@ def check_untaken(
     _compared.add(key)
 
 
-def _key(value: Any, inside: tuple[Any, ...]) -> Any:
+def _key(value: Any, seen: set[int]) -> Any:
     """What tells the shapes that a function returns, or a tree has, from call to call."""
     if isinstance(value, Tensor):
         return value.shape, value.dtype
     if isinstance(value, types.FunctionType):
-        if value in inside:  # it refers to itself
+        if id(value) in seen:
             return None
-        cells = [_key(contents(cell), (*inside, value)) for cell in value.__closure__ or ()]
-        defaults = _key((value.__defaults__, value.__kwdefaults__), (*inside, value))
-        return value.__code__, tuple(cells), defaults
+        seen.add(id(value))
+        cells = tuple(_key(contents(cell), seen) for cell in value.__closure__ or ())
+        return value.__code__, cells, _key((value.__defaults__, value.__kwdefaults__), seen)
     if isinstance(value, functools.partial):
-        return _key((value.func, value.args, value.keywords), inside)
+        return _key((value.func, value.args, value.keywords), seen)
+    if isinstance(value, types.MethodType):
+        return _key((value.__func__, value.__self__), seen)
     if value is None or isinstance(value, (bool, int, str, types.BuiltinFunctionType)):
         return type(value), value
     leaves, structure = tree.flatten(value)
-    if structure is None:
-        return type(value)
-    return structure, tuple(_key(leaf, inside) for leaf in leaves)
+    if structure is not None:
+        return structure, tuple(_key(leaf, seen) for leaf in leaves)
+    return type(value), id(value) if callable(value) else None
 
 
 def _hollow(tensor: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from torch.func import grad, jacrev, vmap
 
 from funcnets import random, tree
 from funcnets.compile import compile
-from funcnets.control import cond, switch
+from funcnets.control import cond, switch, while_loop
 from funcnets.models import mlp
 
 TRUE, FALSE = torch.tensor(True), torch.tensor(False)
@@ -109,6 +109,25 @@ def test_one_branch_compared_with_two_others_in_turn():
             elif takes == ():
                 with pytest.raises(ValueError, match=r"float32\[3\]"):
                     cond(TRUE, lambda *_: x, other, takes)
+
+
+def test_callables_of_one_class_and_methods_are_told_apart():
+    class Branch:
+        def __init__(self, f):
+            self.f = f
+
+        def __call__(self, x):
+            return self.f(x)
+
+        def total(self, x):
+            return self.f(x).sum()
+
+    x = torch.ones(2)
+    kept = Branch(torch.sin), Branch(torch.sum)
+    for good, bad in (kept, (kept[0].f, kept[0].total), (kept[0].__call__, kept[0].total)):
+        cond(TRUE, torch.neg, good, (x,))
+        with pytest.raises(ValueError, match=r"float32\[2\].*float32\[\]"):
+            cond(TRUE, torch.neg, bad, (x,))
 
 
 @pytest.mark.parametrize("mode", ["eager", "vmap", "compiled", "python"])
@@ -617,3 +636,13 @@ PLAIN = {
 @pytest.mark.parametrize("case", PLAIN)
 def test_plain_torch_compile(case, flag):
     plainly(PLAIN[case], torch.tensor(flag), normal(0, 2), normal(1, 2))
+
+
+@pytest.mark.parametrize("operands", [torch.ones(2), {"x": torch.ones(2)}, None, iter(())])
+def test_operands_that_are_no_sequence(operands):
+    with pytest.raises(TypeError, match=r"cond: operands: expected a sequence of trees"):
+        unchecked(cond)(TRUE, torch.sin, torch.cos, operands)
+    with pytest.raises(TypeError, match=r"switch: operands: expected a sequence of trees"):
+        unchecked(switch)(torch.tensor(0), [torch.sin, torch.cos], operands)
+    with pytest.raises(TypeError, match=r"while_loop: carried_inputs: expected a sequence"):
+        unchecked(while_loop)(lambda x: x.sum() < 0, lambda x: (x,), operands)
