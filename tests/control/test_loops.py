@@ -122,7 +122,7 @@ def test_scan_of_no_turns(run, dim):
     def f(c, xs):
         return scan(
             lambda c, x: (
-                c + x["a"].sum(),
+                c + 1 + x["a"].sum(),
                 {"y": x["a"], "n": x["i"].sum(), "wide": c.expand(2, 2)},
             ),
             c,
