@@ -102,12 +102,18 @@ class Compiled:
         for path, leaf in tree.leaves_with_path({"args": args, "kwargs": kwargs}):
             if isinstance(leaf, Donated):
                 raise RuntimeError(f"{self._where(path)}: {Donated.message}")
+        donated = self._donated(args, kwargs, tensors)
+        # What vmap expands has one number in many places, and cannot be written over.
+        tensors = [
+            tensor.contiguous() if place in donated and 0 in tensor.stride() else tensor
+            for place, tensor in enumerate(tensors)
+        ]
         # The quick check says no to a tensor given twice, too.
         signature = _signature(tensors)
         for entry in entries:
             if entry.signature == signature:
                 return entry.run(tensors)
-        entry = self._compile(args, kwargs, leaves, structure, tensors)
+        entry = self._compile(leaves, structure, tensors, donated)
         self._entries.setdefault(key, []).append(entry)
         self._warn_if_many(structure)
         return entry.run(tensors)
@@ -115,16 +121,19 @@ class Compiled:
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
         return self if instance is None else functools.partial(self, instance)
 
-    def _compile(
-        self, args: Any, kwargs: Any, leaves: list[Any], structure: Any, tensors: list[Tensor]
-    ) -> _Entry:
+    def _donated(self, args: Any, kwargs: Any, tensors: list[Tensor]) -> list[int]:
+        """The places of the donated tensors."""
         given = {
             id(leaf)
             for place, argument in [*enumerate(args), *kwargs.items()]
             if place in self._donate
             for leaf in tree.leaves(argument)
         }
-        donated = [place for place, tensor in enumerate(tensors) if id(tensor) in given]
+        return [place for place, tensor in enumerate(tensors) if id(tensor) in given]
+
+    def _compile(
+        self, leaves: list[Any], structure: Any, tensors: list[Tensor], donated: list[int]
+    ) -> _Entry:
         recorded, outputs = _record(self._f, leaves, structure, tensors, donated)
         differentiated = any(tensor.requires_grad for tensor in tensors)
         try:

@@ -371,3 +371,18 @@ def test_inductor_runs_the_whole_donated_step():
     assert_trees_close(first, expected)
     expected = step(*expected[:2], batch, key, lr)
     assert_trees_close(compiled(*first[:2], batch, key, lr), expected)
+
+
+def test_a_donated_tensor_that_vmap_has_expanded():
+    traced = []
+
+    def f(count):
+        traced.append(1)
+        return count + 1
+
+    compiled = compile(f, donate="count", backend="aot_eager")
+    count = torch.zeros(()).expand(3)
+    for turn in range(3):
+        count = compiled(count)
+        assert count.tolist() == [turn + 1.0] * 3
+    assert len(traced) == 1
