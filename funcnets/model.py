@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
 
-from funcnets import random, tree
+from funcnets import pretrained, random, tree
+from funcnets.taps import TapsLike
 from funcnets.tree.flatten import entries
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Model:
     """A network as two functions. Anything with these two will do: ``Model(init=..., apply=...)``.
 
     Attributes:
         init: ``init(key) -> params``.
-        apply: ``apply(params, *inputs, train=False, key=None)``; the outputs, and with
-            ``train=True`` the pair of the outputs and the new buffers.
+        apply: ``apply(params, *inputs, train=False, key=None, taps=())``; the outputs, and with
+            ``train=True`` the pair of the outputs and the new buffers. With ``taps``, names of
+            intermediate outputs, the outputs become the pair of them and a dict of those; where
+            taps are a mapping, each name may have a function that replaces what flows there.
         family: the module of funcnets.models that can make the model again; None for one's own.
         config: the family's configuration, a frozen dataclass.
 
@@ -36,6 +39,49 @@ class Model:
     family: str | None = None
     config: Any = None
 
+    def __eq__(self, other: object) -> bool:
+        """Models of a family are equal where their configurations are."""
+        return isinstance(other, Model) and self._identity() == other._identity()
+
+    def __hash__(self) -> int:
+        return hash(self._identity())
+
+    def _identity(self) -> tuple[Any, ...]:
+        if self.family is None:
+            return self.init, self.apply, self.config
+        return self.family, type(self.config), self.config
+
+    def from_torchvision(
+        self,
+        weights: Any,
+        key: random.Key | None = None,
+        fresh: str | Sequence[str] | Callable[..., bool] = (),
+    ) -> Any:
+        """Parameters of this model with the values of a network of torchvision.
+
+        The names are torchvision's own, so any module, checkpoint or state_dict of the same network
+        will do, torchvision's pretrained weights first of all.
+
+        Args:
+            weights: a module, a state_dict, the path of a file that holds one (of ``torch.save`` or
+                safetensors; no code of it is run), or a member of a torchvision weights enum, such
+                as ``torchvision.models.ResNet18_Weights.DEFAULT``, which torchvision downloads.
+            key: for what is drawn anew.
+            fresh: the parts that are drawn anew, as `funcnets.tree.partition` takes them: ``"fc"``
+                for a new head of any size.
+
+        Raises:
+            ValueError: naming each place where the weights do not fit.
+
+        >>> from torchvision.models import resnet18
+        >>> from funcnets import models
+        >>> module, model = resnet18(), models.resnet18(num_classes=5)
+        >>> params = model.from_torchvision(module, random.key(0), fresh="fc")
+        >>> params["fc", "weight"].shape
+        torch.Size([5, 512])
+        """
+        return pretrained.from_torchvision(self.init, specs_of(self.init), weights, key, fresh)
+
 
 def bind(family: str, config: Any, init: Callable[..., Any], forward: Callable[..., Any]) -> Model:
     """The model of one configuration of a family.
@@ -47,7 +93,7 @@ def bind(family: str, config: Any, init: Callable[..., Any], forward: Callable[.
         family: the name of the module in funcnets.models.
         config: the configuration, a frozen dataclass.
         init: ``init(key, config) -> params``.
-        forward: ``forward(params, *inputs, config, train=False, key=None)``.
+        forward: ``forward(params, *inputs, config, train=False, key=None, taps=())``.
     """
 
     def bound_init(key: random.Key) -> Any:
@@ -58,11 +104,14 @@ def bind(family: str, config: Any, init: Callable[..., Any], forward: Callable[.
         specs = parameter_specs(bound_init)
         return specs, _sizes(specs)
 
-    def apply(params: Any, *inputs: Any, train: bool = False, key: Any = None) -> Any:
+    def apply(
+        params: Any, *inputs: Any, train: bool = False, key: Any = None, taps: TapsLike = ()
+    ) -> Any:
         # Under Dynamo the check would be traced for nothing: the operators check there.
         if not torch.compiler.is_dynamo_compiling() and not _fits(params, expected()[1]):
             check_parameters(params, expected()[0])
-        return forward(params, *inputs, config=config, train=train, key=key)
+        options = {"taps": taps} if taps else {}
+        return forward(params, *inputs, config=config, train=train, key=key, **options)
 
     return Model(init=bound_init, apply=apply, family=family, config=config)
 
@@ -87,6 +136,14 @@ def parameter_specs(init: Callable[[random.Key], Any]) -> Any:
     if isinstance(result[0], BaseException):
         raise result[0]
     return result[0]
+
+
+def specs_of(init: Callable[[random.Key], Any]) -> Any:
+    """As `parameter_specs`, also for an ``init`` of one's own that needs real values."""
+    try:
+        return parameter_specs(init)
+    except Exception:
+        return tree.specs(init(random.key(0)))
 
 
 def check_parameters(params: Any, expected: Any) -> None:

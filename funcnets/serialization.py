@@ -24,14 +24,15 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
-from funcnets import models, random, tree
-from funcnets.model import Model, bind, check_parameters, parameter_specs
+from funcnets import models, tree
+from funcnets.model import Model, bind, check_parameters, parameter_specs, specs_of
 from funcnets.tree.convert import nest
 from funcnets.tree.flatten import Path, entries
 
 VERSION = 1
 
 _RECORD = "funcnets"
+_MODEL = "funcnets.model"
 
 
 def save(
@@ -214,7 +215,10 @@ def _sized(
 
 
 def _make(record: dict[str, Any]) -> Model:
-    family = record["family"]
+    return _make_model(record["family"], record["config"] or {})
+
+
+def _make_model(family: str, config: dict[str, Any]) -> Model:
     known = [module.name for module in pkgutil.iter_modules(models.__path__)]
     if family not in known:
         raise ValueError(
@@ -223,12 +227,12 @@ def _make(record: dict[str, Any]) -> Model:
         )
     module = importlib.import_module(f"{models.__name__}.{family}")
     try:
-        config = module.Config(**_decode(record["config"] or {}))
-        model = bind(family, config, module.init, module.forward)
+        made = module.Config(**_decode(config))
+        model = bind(family, made, module.init, module.forward)
         parameter_specs(model.init)
     except Exception as error:
         raise ValueError(
-            f"config: expected one of {module.__name__}.Config, got {record['config']}: {error}"
+            f"config: expected one of {module.__name__}.Config, got {config}: {error}"
         ) from error
     return model
 
@@ -243,10 +247,7 @@ def _check_same(model: Model, record: dict[str, Any]) -> None:
 
 def _check_model(params: Any, model: Model) -> None:
     """Compares names and shapes, those of one member for an ensemble."""
-    try:
-        expected = parameter_specs(model.init)
-    except Exception:  # a user's init that needs real values
-        expected = tree.specs(model.init(random.key(0)))
+    expected = specs_of(model.init)
     axes = len(params.batch_size) if isinstance(params, TensorDictBase) else 0
     member = tree.map(lambda leaf: tree.Spec(leaf.shape[axes:], leaf.dtype), params)
     check_parameters(member, expected)
@@ -257,16 +258,30 @@ def _encode(config: Any) -> dict[str, Any]:
     if not dataclasses.is_dataclass(config):
         raise TypeError(f"config: expected a dataclass, got {type(config).__name__}")
     fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    encoded = json.loads(json.dumps(fields))
+    encoded = json.loads(json.dumps(fields, default=_encode_model))
     if (again := _decode(encoded)) != fields:
         raise TypeError(f"config: expected numbers, strings and tuples, got {fields}, not {again}")
     return encoded
 
 
+def _encode_model(value: Any) -> dict[str, Any]:
+    """A model within a configuration, as an encoder of one that has several."""
+    if not isinstance(value, Model):
+        raise TypeError(f"config: expected what JSON can say, got {type(value).__name__}")
+    if value.family is None:
+        raise TypeError(
+            "config: expected models of funcnets.models, got one of your own: save the parameters "
+            "without a model, and load them with load(path, model=model)"
+        )
+    return {_MODEL: value.family, "config": _encode(value.config)}
+
+
 def _decode(value: Any) -> Any:
-    """With tuples for the lists that JSON has made of them."""
+    """With tuples for the lists that JSON has made of them, and models for their descriptions."""
     if isinstance(value, list):
         return tuple(_decode(item) for item in value)
     if isinstance(value, dict):
+        if value.keys() == {_MODEL, "config"}:
+            return _make_model(value[_MODEL], value["config"])
         return {name: _decode(item) for name, item in value.items()}
     return value

@@ -14,6 +14,7 @@ from funcnets.layers.activations import (
     squared_relu,
     swiglu,
 )
+from funcnets.layers.buffers import finish, with_buffers
 from funcnets.layers.conv import (
     conv,
     conv_transpose,
@@ -81,6 +82,7 @@ __all__ = [
     "embedding",
     "embedding_bag",
     "feature_alpha_dropout",
+    "finish",
     "geglu",
     "global_avg_pool",
     "global_max_pool",
@@ -112,4 +114,5 @@ __all__ = [
     "stochastic_depth",
     "swiglu",
     "unembed",
+    "with_buffers",
 ]

@@ -1,0 +1,83 @@
+"""Intermediate outputs by name: what ``apply(..., taps=...)`` reads and changes on its way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, TypeAlias
+
+from tensordict import TensorDict
+
+from funcnets import layers
+
+# The names of the outputs to read; in a mapping each may have a function that replaces the output.
+TapsLike: TypeAlias = Collection[str] | Mapping[str, Callable[[Any], Any] | None]
+
+
+class Taps:
+    """The taps of one forward pass: a record local to it, which makes nothing else impure.
+
+    A forward function calls it at each named place, ``x = taps("layer1.0", x)``, hands submodels
+    their part with `run`, and ends with `finish`. The names are those of the modules in torch.
+
+    >>> import torch
+    >>> taps = Taps("toy", {"hidden": lambda h: h + 1})
+    >>> h = taps("hidden", torch.zeros(2))
+    >>> taps.finish(2 * h, {}, train=False)
+    (tensor([2., 2.]), {'hidden': tensor([1., 1.])})
+    """
+
+    def __init__(self, model: str, taps: TapsLike) -> None:
+        if isinstance(taps, str):
+            raise TypeError(f"{model}: taps: expected a list of names, got {taps!r}")
+        self._model = model
+        self._wanted: dict[str, Any] = (
+            dict(taps) if isinstance(taps, Mapping) else dict.fromkeys(taps)
+        )
+        self._found: dict[str, Any] = {}
+        self._known: list[str] = []
+
+    def __call__(self, name: str, value: Any) -> Any:
+        """The value at a named place, replaced if the tap says so; remembered if it is tapped."""
+        if not self._wanted:
+            return value
+        self._known.append(name)
+        if name in self._wanted:
+            replace = self._wanted[name]
+            value = self._found[name] = value if replace is None else replace(value)
+        return value
+
+    def run(
+        self, name: str, model: Any, params: Any, *inputs: Any, train: bool, key: Any = None
+    ) -> tuple[Any, TensorDict | None]:
+        """``(outputs, new buffers or None)`` of a submodel, whose taps are those below ``name``."""
+        within = {
+            place.removeprefix(f"{name}."): replace
+            for place, replace in self._wanted.items()
+            if place.startswith(f"{name}.")
+        }
+        options = {"taps": within} if within else {}
+        result, buffers = layers.with_buffers(
+            model.apply, params, *inputs, train=train, key=key, **options
+        )
+        if within:
+            result, found = result
+            for place, value in found.items():
+                self._known.append(f"{name}.{place}")
+                self._found[f"{name}.{place}"] = value
+        return self(name, result), buffers
+
+    def finish(self, outputs: Any, buffers: Mapping[str, Any], train: bool) -> Any:
+        """What ``apply`` returns: the outputs, with the taps if any, with the buffers in training.
+
+        Raises:
+            ValueError: where a tap has a name that no place has; it lists the names there are.
+        """
+        if self._wanted:
+            unknown = [name for name in self._wanted if name not in self._found]
+            if unknown:
+                raise ValueError(
+                    f"{self._model}: taps: expected names among {', '.join(self._known)}; "
+                    f"got {', '.join(unknown)}"
+                )
+            outputs = outputs, self._found
+        return layers.finish(outputs, buffers, train)
