@@ -23,6 +23,7 @@ from funcnets.layers.conv import (
     init_separable_conv,
     separable_conv,
 )
+from funcnets.layers.conv_norm import conv_norm, init_conv_norm
 from funcnets.layers.dropout import (
     alpha_dropout,
     channel_dropout,
@@ -60,6 +61,8 @@ from funcnets.layers.pooling import (
     max_pool2d,
     max_pool3d,
 )
+from funcnets.layers.residual import init_bottleneck_block, init_residual_block, residual_block
+from funcnets.layers.squeeze_excitation import init_squeeze_excitation, squeeze_excitation
 
 __all__ = [
     "activation",
@@ -77,6 +80,7 @@ __all__ = [
     "bilinear",
     "channel_dropout",
     "conv",
+    "conv_norm",
     "conv_transpose",
     "dropout",
     "embedding",
@@ -91,15 +95,19 @@ __all__ = [
     "identity",
     "init_batch_norm",
     "init_bilinear",
+    "init_bottleneck_block",
     "init_conv",
+    "init_conv_norm",
     "init_conv_transpose",
     "init_embedding",
     "init_group_norm",
     "init_instance_norm",
     "init_layer_norm",
     "init_linear",
+    "init_residual_block",
     "init_rms_norm",
     "init_separable_conv",
+    "init_squeeze_excitation",
     "initializers",
     "instance_norm",
     "layer_norm",
@@ -108,9 +116,11 @@ __all__ = [
     "max_pool2d",
     "max_pool3d",
     "quick_gelu",
+    "residual_block",
     "rms_norm",
     "separable_conv",
     "squared_relu",
+    "squeeze_excitation",
     "stochastic_depth",
     "swiglu",
     "unembed",

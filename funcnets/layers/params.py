@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from tensordict import TensorDict
 from torch import Tensor
 
 
-def entries(params: TensorDict) -> Mapping[str, Tensor]:
+def entries(params: TensorDict) -> Mapping[str, Any]:
     """The entries of a parameter tree as a mapping that is cheap to read.
 
     A TensorDict takes about as long over two entries as a small matrix product does; the plain dict

@@ -67,6 +67,13 @@ def check_widths(model: str, widths: Sequence[int]) -> tuple[int, ...]:
     return tuple(widths)
 
 
+def check_image(model: str, x: Tensor, channels: int, smallest: int = 1) -> None:
+    """Raises unless x is [batch, channels, height, width], each size at least the smallest."""
+    if x.ndim != 4 or x.shape[1] != channels or min(x.shape[2:]) < smallest:
+        sizes = f"{smallest} or more, {smallest} or more" if smallest > 1 else "height, width"
+        raise ValueError(f"{model}: x: expected [batch, {channels}, {sizes}], got {list(x.shape)}")
+
+
 def check_choice(model: str, name: str, value: Any, choices: Sequence[Any]) -> None:
     """Raises unless the value is one of the choices."""
     if value not in choices:

@@ -12,7 +12,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torchvision.ops import MLP, Conv2dNormActivation, Conv3dNormActivation
+from torchvision.models.resnet import BasicBlock, Bottleneck
+from torchvision.ops import MLP, Conv2dNormActivation, Conv3dNormActivation, SqueezeExcitation
 from torchvision.ops.misc import ConvNormActivation
 
 from funcnets import models, random, tree
@@ -143,6 +144,93 @@ def cnn(n: int = 2, m: int = 3, space: tuple[int, ...] = (5, 4), **options: Any)
     return Case(model, ((3, n, *space),), module, config.dropout > 0)
 
 
+class Squeezed(nn.Module):
+    """Mixed into a block of torchvision: squeeze-and-excitation after the last norm."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        last = max(name for name, _ in self.named_children() if name.startswith("bn"))
+        channels = getattr(self, last).num_features
+        self.se = SqueezeExcitation(channels, max(1, channels // 16))
+        getattr(self, last).register_forward_hook(lambda norm, inputs, output: self.se(output))
+
+
+class SqueezedBasicBlock(Squeezed, BasicBlock):
+    """As the library's block with ``squeeze``."""
+
+
+class SqueezedBottleneck(Squeezed, Bottleneck):
+    """As the library's block with ``squeeze``."""
+
+
+RESIDUAL_BLOCKS = {
+    ("basic", False): BasicBlock,
+    ("bottleneck", False): Bottleneck,
+    ("basic", True): SqueezedBasicBlock,
+    ("bottleneck", True): SqueezedBottleneck,
+}
+
+
+def resnet(n: int = 2, m: int = 3, size: int = 6, **options: Any) -> Case:
+    model = models.resnet(num_classes=m, in_channels=n, **options)
+    config = model.config
+    block = RESIDUAL_BLOCKS[config.block, config.squeeze_excitation]
+
+    def module() -> nn.Module:
+        kernel_size, stride, padding = {"imagenet": (7, 2, 3), "small": (3, 1, 1)}[config.stem]
+        parts: dict[str, nn.Module] = {
+            "conv1": nn.Conv2d(n, config.width, kernel_size, stride, padding, bias=False),
+            "bn1": nn.BatchNorm2d(config.width),
+            "relu": nn.ReLU(),
+        }
+        if config.stem == "imagenet":
+            parts["maxpool"] = nn.MaxPool2d(3, 2, 1)
+        channels = config.width
+        for stage, depth in enumerate(config.depths):
+            layer = nn.Sequential()
+            planes = config.width * 2**stage
+            for i in range(depth):
+                stride = 2 if stage > 0 and i == 0 else 1
+                shortcut = None
+                if stride > 1 or channels != planes * block.expansion:
+                    shortcut = nn.Sequential(
+                        nn.Conv2d(channels, planes * block.expansion, 1, stride, bias=False),
+                        nn.BatchNorm2d(planes * block.expansion),
+                    )
+                layer.append(
+                    block(channels, planes, stride, shortcut, config.groups, config.width_per_group)
+                )
+                channels = planes * block.expansion
+            parts[f"layer{stage + 1}"] = layer
+        parts |= {"avgpool": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten()}
+        for conv in nn.ModuleList(parts.values()).modules():
+            if isinstance(conv, nn.Conv2d) and conv.bias is None:
+                nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+        return nn.Sequential(OrderedDict(parts, fc=nn.Linear(channels, m)))
+
+    return Case(model, ((3, n, size, size),), module, config.stochastic_depth > 0)
+
+
+class Normalize(nn.Module):
+    """Rows of length one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.normalize(x, dim=-1)
+
+
+def siamese(encoder: Case, **options: Any) -> Case:
+    """Of one input; what several share is in test_siamese.py."""
+    model = models.siamese(encoder.model, **options)
+
+    def module() -> nn.Module:
+        parts: dict[str, nn.Module] = {"encoder": encoder.module()}
+        if model.config.normalize:
+            parts["normalize"] = Normalize()
+        return nn.Sequential(OrderedDict(parts))
+
+    return Case(model, encoder.shapes, module, encoder.draws)
+
+
 sizes = st.integers(1, 4)
 
 
@@ -184,6 +272,28 @@ def cnns(draw: Any) -> Case:
     )
 
 
+@st.composite
+def resnets(draw: Any) -> Case:
+    block = draw(st.sampled_from(["basic", "bottleneck"]))
+    groups = draw(st.sampled_from([1, 2])) if block == "bottleneck" else 1
+    return resnet(
+        draw(sizes),
+        draw(sizes),
+        draw(st.integers(4, 8)),
+        block=block,
+        depths=draw(st.lists(st.integers(1, 2), min_size=1, max_size=2).map(tuple)),
+        width=4,
+        groups=groups,
+        width_per_group=draw(st.sampled_from([32, 64])) if block == "bottleneck" else 64,
+        stem=draw(st.sampled_from(["imagenet", "small"])),
+        squeeze_excitation=draw(st.booleans()),
+    )
+
+
+def siameses() -> st.SearchStrategy[Case]:
+    return st.builds(siamese, st.one_of(mlps(), cnns()), normalize=st.booleans())
+
+
 # Every norm, and what else takes a way of its own through the code.
 CASES: dict[str, Case] = {
     "mlp": mlp(widths=(5, 4), dropout=0.4),
@@ -195,5 +305,15 @@ CASES: dict[str, Case] = {
     "cnn_batch": cnn(widths=(2, 4), depth=2, dropout=0.4),
     "cnn_group": cnn(space=(6,), widths=(4,), norm="group", groups=2, kernel_size=5, pool=None),
     "cnn_3d": cnn(space=(2, 3, 2), widths=(2,), activation="silu"),
+    "resnet": resnet(block="basic", depths=(1, 1), width=4, stem="small", stochastic_depth=0.4),
+    "resnet_bottleneck": resnet(
+        block="bottleneck", depths=(2,), width=2, groups=2, squeeze_excitation=True
+    ),
+    "siamese": siamese(mlp(widths=(5, 4), norm="batch", dropout=0.4), normalize=True),
 }
-FAMILIES: dict[str, st.SearchStrategy[Case]] = {"mlp": mlps(), "cnn": cnns()}
+FAMILIES: dict[str, st.SearchStrategy[Case]] = {
+    "mlp": mlps(),
+    "cnn": cnns(),
+    "resnet": resnets(),
+    "siamese": siameses(),
+}

@@ -1,4 +1,4 @@
-"""What torch.nn.functional has no function for: the predictions of an ensemble, and calibration."""
+"""The predictions of an ensemble, and how well calibrated predictions are."""
 
 from __future__ import annotations
 

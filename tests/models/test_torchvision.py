@@ -1,0 +1,111 @@
+"""Every constructor that torchvision has too, at full size, beside torchvision's own module."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+from torch.func import grad
+from torchvision.ops import StochasticDepth
+
+from funcnets import models, random, tree
+
+KEY = random.key(5)
+
+
+@dataclass(frozen=True)
+class Constructor:
+    """What a constructor takes in the test.
+
+    Attributes:
+        size: of the images; as small as the network allows.
+        still: options without which our network draws in training.
+    """
+
+    size: int = 32
+    still: dict[str, Any] = field(default_factory=dict)
+
+
+CONSTRUCTORS = {
+    "resnet18": Constructor(),
+    "resnet34": Constructor(),
+    "resnet50": Constructor(),
+    "resnet101": Constructor(),
+    "resnet152": Constructor(),
+    "resnext50_32x4d": Constructor(),
+    "resnext101_32x8d": Constructor(),
+    "resnext101_64x4d": Constructor(),
+    "wide_resnet50_2": Constructor(),
+    "wide_resnet101_2": Constructor(),
+}
+
+
+def make_module(name: str) -> nn.Module:
+    """Torchvision's network, of weights that keep the activations near one, without dropout."""
+    with torch.device("meta"):
+        module = getattr(torchvision.models, name)()
+    module = module.to(torch.float64).to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    for place, tensor in module.state_dict().items():
+        last = place.rpartition(".")[2]
+        if not tensor.is_floating_point():
+            tensor.zero_()
+        elif tensor.ndim > 1:  # batches of two make norms of few values: weights of one sign less
+            width = (3 / tensor[0].numel()) ** 0.5
+            tensor.uniform_(-width, width, generator=generator)
+        elif last in ("weight", "running_var"):
+            tensor.uniform_(0.5, 1.5, generator=generator)
+        else:
+            tensor.uniform_(-0.1, 0.1, generator=generator)
+    for part in module.modules():
+        if isinstance(part, (nn.Dropout, StochasticDepth)):
+            part.p = 0.0
+    return module
+
+
+@pytest.mark.parametrize("name", CONSTRUCTORS)
+def test_equals_torchvision(name):
+    case = CONSTRUCTORS[name]
+    module = make_module(name)
+    model = getattr(models, name)(**case.still)
+    params = model.from_torchvision(module)
+    x = random.normal(KEY, (2, 3, case.size, case.size), dtype=torch.float64)
+    with torch.no_grad():
+        expected = module.eval()(x)
+        torch.testing.assert_close(model.apply(params, x), expected, rtol=1e-6, atol=1e-6)
+    assert expected.std() > 1e-3  # the networks say something about the image
+
+    expected = module.train()(x)
+    cotangent = random.normal(KEY, expected.shape, dtype=torch.float64)
+    trainable, buffers = tree.partition(params)
+    del params
+
+    def loss(trainable):
+        outputs, new = model.apply(tree.merge(trainable, buffers), x, train=True)
+        return (outputs * cotangent).sum(), (outputs, new)
+
+    gradients, (outputs, new) = grad(loss, has_aux=True)(trainable)
+    torch.testing.assert_close(outputs, expected.detach(), rtol=1e-6, atol=1e-6)
+    expected.backward(cotangent)
+    for place, parameter in module.named_parameters():
+        gradient = gradients[tuple(place.split("."))]
+        # Relative to the largest: the sums that cancel leave what rounding left of them.
+        scale = parameter.grad.abs().max().clamp(min=1e-12)
+        error = (gradient - parameter.grad).abs().max()
+        assert error <= 1e-6 * scale + 1e-9, f"{place}: {error} of {scale}"
+    wanted = tree.partition(tree.from_module(module))[1]
+    assert not tree.compare(new, wanted)
+    tree.map(lambda a, b: torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6), new, wanted)
+
+
+@pytest.mark.parametrize("name", CONSTRUCTORS)
+def test_has_as_many_parameters_as_torchvision(name):
+    with torch.device("meta"):
+        module = getattr(torchvision.models, name)()
+    model = getattr(models, name)()
+    params = model.init(random.key(0, device="meta"))
+    assert not tree.compare(params, tree.from_module(module))
