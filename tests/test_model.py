@@ -191,3 +191,16 @@ def test_compiled(model):
     compiled(trained, X).sum().backward()
     wanted = grad(lambda p: model.apply(p, X).sum())(PARAMS)["fc1", "weight"]
     torch.testing.assert_close(trained["fc1", "weight"].grad, wanted)
+
+
+def test_equality_is_that_of_family_and_configuration(model):
+    again = bind("toy", Config(), init, forward)
+    assert again == model
+    assert hash(again) == hash(model)
+    assert again != bind("toy", Config(width=4), init, forward)
+    assert again != bind("other", Config(), init, forward)
+    own = Model(init=init, apply=forward)
+    assert own == Model(init=init, apply=forward)
+    assert own != Model(init=init, apply=init)
+    assert own != model
+    assert model != "toy"

@@ -241,6 +241,18 @@ class TestRefusedOnSaving:
                 save(path, TensorDict({}), model)
         assert not list(path.parent.iterdir())
 
+    def test_a_model_of_ones_own_within_a_configuration(self, family, path):
+        @dataclasses.dataclass(frozen=True)
+        class Outer:
+            parts: object
+
+        own = Model(init=lambda key: TensorDict({}), apply=lambda params, x: x)
+        outer = bind(
+            "toy", Outer((("a", own),)), lambda key, config: TensorDict({}), family.forward
+        )
+        with pytest.raises(TypeError, match=r"config: .* got one of your own: .*load\(path, model"):
+            save(path, TensorDict({}), outer)
+
     def test_parameters_of_another_model(self, family, path):
         params = make(family, widths=(2, 5)).init(random.key(0))
         with pytest.raises(ValueError, match=r"0\.weight: expected \[3, 2\], got \[5, 2\]"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from tensordict import TensorDict
@@ -28,20 +28,13 @@ def norm(
     params: TensorDict, x: Tensor, kind: Norm, *, train: bool, groups: int = 1
 ) -> tuple[Tensor, TensorDict | None]:
     """The normalised x, and the new buffers of a batch norm in training (None otherwise)."""
-    if kind == "batch" and train:
-        return layers.batch_norm(params, x, train=True)
     if kind == "batch":
-        return layers.batch_norm(params, x), None
+        return layers.with_buffers(layers.batch_norm, params, x, train=train)
     if kind == "group":
         return layers.group_norm(params, x, groups), None
     if kind == "layer":
         return layers.layer_norm(params, x), None
     return layers.rms_norm(params, x), None
-
-
-def buffers(found: Mapping[str, Any]) -> TensorDict:
-    """A tree of new buffers, without the places that have none."""
-    return TensorDict({name: value for name, value in found.items() if value is not None})
 
 
 def draw_keys(model: str, key: random.Key | None, needed: bool, num: int) -> Any:

@@ -14,6 +14,7 @@ from funcnets import layers, random
 from funcnets.layers import activation, channel_dropout, conv, init_conv, init_linear, linear
 from funcnets.model import Model, bind
 from funcnets.models import blocks
+from funcnets.taps import Taps, TapsLike
 
 POOLS: dict[tuple[str, int], Callable[..., Tensor]] = {
     ("max", 1): layers.max_pool1d,
@@ -85,7 +86,8 @@ def cnn(
     Every block is ``depth`` times convolution, norm and activation, then pooling by two and channel
     dropout. The mean over what is left of the space goes through a linear layer. Parameters are
     named ``features.{block}.{i}.0`` (convolution) and ``.1`` (norm), as a sequence of
-    ``torchvision.ops.Conv2dNormActivation`` is, and ``classifier``.
+    ``torchvision.ops.Conv2dNormActivation`` is, and ``classifier``. Taps are
+    ``features.{block}.{i}`` (after the activation), ``features.{block}`` and ``avgpool``.
 
     Args:
         widths: channels of the blocks.
@@ -154,30 +156,30 @@ def forward(
     *,
     train: bool = False,
     key: random.Key | None = None,
+    taps: TapsLike = (),
 ) -> Any:
     """Logits [batch, num_classes]; in training with the new buffers."""
     _check_input(x, config)
     keys = blocks.draw_keys("cnn", key, train and config.dropout > 0, len(config.widths))
-    buffers = {}
+    tap = Taps("cnn", taps)
+    features: dict[str, Any] = {}
     for block in range(len(config.widths)):
-        found = {}
+        found = features[str(block)] = {}
         for i in range(config.depth):
+            name = f"features.{block}.{i}"
             layer = params["features", str(block), str(i)]
             x = conv(layer["0"], x, padding=config.kernel_size // 2)
             if config.norm is not None:
                 x, new = blocks.norm(layer["1"], x, config.norm, train=train, groups=config.groups)
-                found[str(i)] = None if new is None else TensorDict({"1": new})
-            x = activation(config.activation)(x)
+                found[str(i)] = {"1": new}
+            x = tap(name, activation(config.activation)(x))
         if config.pool is not None:
             x = POOLS[config.pool, config.dims](x, 2)
         if keys is not None:
             x = channel_dropout(keys[block], x, config.dropout)
-        buffers[str(block)] = blocks.buffers(found) if config.norm == "batch" and train else None
-    logits = linear(params["classifier"], layers.global_avg_pool(x))
-    if not train:
-        return logits
-    features = blocks.buffers(buffers)
-    return logits, TensorDict({"features": features} if config.norm == "batch" else {})
+        x = tap(f"features.{block}", x)
+    x = tap("avgpool", layers.global_avg_pool(x))
+    return tap.finish(linear(params["classifier"], x), {"features": features}, train)
 
 
 def _check_input(x: Tensor, config: Config) -> None:

@@ -13,6 +13,7 @@ from funcnets import random
 from funcnets.layers import activation, dropout, init_linear, linear
 from funcnets.model import Model, bind
 from funcnets.models import blocks
+from funcnets.taps import Taps, TapsLike
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def mlp(
     """A multilayer perceptron, from [..., in_features] to [..., out_features].
 
     Parameters have the names of ``torchvision.ops.MLP`` of the same widths; unlike there, no
-    dropout follows the last layer.
+    dropout follows the last layer. Taps are ``hidden.0``, ``hidden.1``, ..., after the activations.
 
     Args:
         widths: of the hidden layers, any number of them; without any, one linear map is left.
@@ -90,23 +91,24 @@ def forward(
     *,
     train: bool = False,
     key: random.Key | None = None,
+    taps: TapsLike = (),
 ) -> Any:
     """Outputs [..., out_features]; in training with the new buffers."""
     _check_input(x, config)
     depth = len(config.widths)
     keys = blocks.draw_keys("mlp", key, train and config.dropout > 0 and depth > 0, depth)
-    buffers = {}
+    tap, buffers = Taps("mlp", taps), {}
     for layer in range(depth):
         place = config.place(layer)
         x = linear(params[str(place)], x)
         if config.norm is not None:
             name = str(place + 1)
             x, buffers[name] = blocks.norm(params[name], x, config.norm, train=train)
-        x = activation(config.activation)(x)
+        x = tap(f"hidden.{layer}", activation(config.activation)(x))
         if keys is not None:
             x = dropout(keys[layer], x, config.dropout)
     outputs = linear(params[str(config.place(depth))], x)
-    return (outputs, blocks.buffers(buffers)) if train else outputs
+    return tap.finish(outputs, buffers, train)
 
 
 def _check_input(x: Tensor, config: Config) -> None:

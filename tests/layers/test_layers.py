@@ -1,10 +1,12 @@
 """What holds of every layer: it equals torch.nn's, and torch's transforms all work on it."""
 
+import block_cases
+import layer_cases
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layer_cases import CASES, DTYPE, WITH_MODULE, WITH_PARAMS, reference
+from layer_cases import DTYPE, reference
 from torch.func import grad, jvp, vjp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -12,6 +14,9 @@ from funcnets import random, tree
 
 keys = st.integers(0, 2**16).map(random.key)
 few = settings(max_examples=4)
+CASES = layer_cases.CASES | block_cases.CASES
+WITH_MODULE = [*layer_cases.WITH_MODULE, *block_cases.CASES]
+WITH_PARAMS = [*layer_cases.WITH_PARAMS, *block_cases.CASES]
 every_layer = pytest.mark.parametrize("name", CASES)
 
 
