@@ -248,7 +248,7 @@ class _Entry(NamedTuple):
         if len(leaves) < len(self.outputs.leaves):  # else all come from the graph, in order
             # A result over donated memory is a new tensor; the old one becomes unusable.
             leaves = [
-                tensors[value].detach()
+                tensors[value].data
                 if source == _DONOR
                 else results[value]
                 if source == _GRAPH
@@ -260,7 +260,9 @@ class _Entry(NamedTuple):
         return tree.unflatten(self.outputs.structure, leaves)
 
     def _check_aliases(self, tensors: list[Tensor]) -> None:
-        pointers = [tensor.data_ptr() for tensor in tensors]
+        pointers = list(map(Tensor.data_ptr, tensors))
+        if len(set(pointers)) == len(pointers):
+            return
         donated = {pointers[place] for place in self.donated} - {0}  # 0: an empty tensor
         if sum(map(donated.__contains__, pointers)) > len(donated):
             raise RuntimeError(

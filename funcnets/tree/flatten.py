@@ -9,6 +9,7 @@ two trees differ.
 
 from __future__ import annotations
 
+import builtins
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeAlias
@@ -20,7 +21,7 @@ from torch.utils._pytree import SUPPORTED_NODES
 Path: TypeAlias = tuple[str, ...]
 Tree: TypeAlias = Any  # its kinds are registered at run time, so no annotation can tell them apart
 
-_USUAL = (torch.Tensor, TensorDict)  # told apart from _TENSORS because isinstance is slow
+_TENSOR = frozenset({torch.Tensor})
 _TENSORS = (torch.Tensor, TensorDictBase)
 _NO_BATCH = torch.Size([])
 
@@ -54,8 +55,10 @@ def unflatten(structure: Structure | None, leaves: list[Any]) -> Any:
     ``[]`` otherwise.
     """
     rest = iter(leaves)
+    # Where all leaves are tensors, no TensorDict has to become a dict.
+    build = _new if _TENSOR.issuperset(builtins.map(type, leaves)) else _tensordict
     try:
-        tree = next(rest) if structure is None else _unflatten(structure, rest)
+        tree = next(rest) if structure is None else _unflatten(structure, rest, build)
     except StopIteration:
         raise ValueError("unflatten: fewer leaves than the structure has places") from None
     if (extra := sum(1 for _ in rest)) > 0:
@@ -146,14 +149,12 @@ def _flatten(tree: Any, leaves: list[Any]) -> Structure | None:
         return None
     if kind is TensorDict:
         held = tree._tensordict  # as in `entries`
-        places: list[Structure | None] = []
-        for child in held.values():
-            if type(child) is torch.Tensor:  # said again here, to spare a call for every leaf
-                leaves.append(child)
-                places.append(None)
-            else:
-                places.append(_flatten(child, leaves))
-        return Structure._make((kind, tree.batch_size, tuple(held), tuple(places)))
+        children = held.values()
+        if _TENSOR.issuperset(builtins.map(type, children)):
+            leaves.extend(children)
+            return Structure(kind, tree._batch_size, tuple(held), (None,) * len(held))
+        places = tuple([_flatten(child, leaves) for child in children])
+        return Structure(kind, tree._batch_size, tuple(held), places)
     node = _children(tree)
     if node is None:
         leaves.append(tree)
@@ -162,17 +163,25 @@ def _flatten(tree: Any, leaves: list[Any]) -> Structure | None:
     return Structure(kind, meta, keys, tuple([_flatten(child, leaves) for child in children]))
 
 
-def _unflatten(structure: Structure, leaves: Iterator[Any]) -> Any:
+def _unflatten(
+    structure: Structure, leaves: Iterator[Any], build: Callable[[dict[str, Any], torch.Size], Any]
+) -> Any:
+    # Raises StopIteration where the leaves run out.
     kind, meta, keys, places = structure
     if kind is TensorDict:
-        named = {
-            key: next(leaves) if place is None else _unflatten(place, leaves)
-            for key, place in zip(keys, places, strict=True)
-        }
-        return _tensordict(named, meta)
+        if any(places):
+            children = [
+                next(leaves) if place is None else _unflatten(place, leaves, build)
+                for place in places
+            ]
+            named = dict(zip(keys, children, strict=True))
+        else:  # leaves alone, which is quicker
+            named = dict(zip(keys, leaves, strict=False))
+            if len(named) < len(keys):
+                raise StopIteration
+        return build(named, meta)
     children = [
-        next(leaves) if place is None else _unflatten(place, leaves)  # may raise StopIteration
-        for place in places
+        next(leaves) if place is None else _unflatten(place, leaves, build) for place in places
     ]
     return _build(kind, meta, keys, children)
 
@@ -211,11 +220,15 @@ def _build(kind: Any, meta: Any, keys: tuple[Any, ...], children: list[Any]) -> 
 
 def _tensordict(named: dict[str, Any], size: torch.Size) -> Any:
     """A TensorDict; a plain dict where there are leaves that are no tensors (names, say)."""
-    for child in named.values():
-        if type(child) not in _USUAL and not isinstance(child, _TENSORS):
-            return named
-        if size and child.shape[: len(size)] != size:
-            size = _NO_BATCH
+    if all(isinstance(child, _TENSORS) for child in named.values()):
+        return _new(named, size)
+    return named
+
+
+def _new(named: dict[str, Any], size: torch.Size) -> TensorDict:
+    """A TensorDict of tensors, of this batch size where all of them have it, and else of none."""
+    if size and any(child.shape[: len(size)] != size for child in named.values()):
+        size = _NO_BATCH
     return TensorDict._new_unsafe(named, batch_size=size, nested=False)
 
 
