@@ -16,6 +16,7 @@ from funcnets.control.closure import Opaque, lift
 from funcnets.control.cond import cond, sequence
 from funcnets.control.node import Tensors, differentiable
 from funcnets.control.outputs import check_agreement, check_tensors, describe
+from funcnets.control.rolled import rolled
 
 _NO_REVERSE = (
     "while_loop: a compiled loop whose number of turns is unknown has no reverse-mode derivative; "
@@ -31,12 +32,15 @@ def scan(
     dim: int = 0,
     reverse: bool = False,
     length: int | None = None,
+    unroll: bool = True,
 ) -> tuple[Any, Any]:
     """Runs ``carry, y = combine_fn(carry, x)`` along ``dim`` of xs.
 
     The signature of torch's scan (and, but for ``dim``, of ``jax.lax.scan``), for any trees.
     Compiled, the turns are laid out one after the other: fast to run, slow to compile for long
-    sequences.
+    sequences. With ``unroll=False``, `funcnets.compile` records one turn, so that the time to
+    compile does not depend on the length; derivatives then compute each turn again from its carry,
+    as `remat` would. Plain torch.compile always lays the turns out.
 
     Args:
         combine_fn: takes the carry and a slice of xs without ``dim``; returns the new carry, equal
@@ -46,6 +50,7 @@ def scan(
         dim: the dimension of xs that is scanned over.
         reverse: from the last slice to the first; outputs stay at the place of their slice.
         length: the number of turns where there is no xs.
+        unroll: whether a compiled scan is laid out turn by turn.
 
     Returns:
         The last carry, and the outputs stacked along ``dim`` (an output with fewer dimensions than
@@ -63,28 +68,43 @@ def scan(
     slices, turns = _slices(xs, dim, length)
     check_tensors("scan", "init", init)
     kind = describe(init)
-    carry, ys = init, []
-    # No turns are one turn on zeros, for the shapes of its output, of which nothing is kept.
-    for turn in reversed(range(turns or 1)) if reverse else range(turns or 1):
-        returned = combine_fn(carry, slices(turn))
+
+    def step(carry: Any, x: Any) -> tuple[Any, Any]:
+        returned = combine_fn(carry, x)
         if not isinstance(returned, tuple) or len(returned) != 2:
             raise TypeError(
                 f"scan: combine_fn: expected (carry, output), got {tree.describe(returned)}"
             )
-        carry, y = returned
-        _check_carry("scan", "combine_fn", kind, carry)
-        check_tensors("scan", "combine_fn: output", y)
+        _check_carry("scan", "combine_fn", kind, returned[0])
+        check_tensors("scan", "combine_fn: output", returned[1])
+        return kind.ordered(returned[0]), returned[1]
+
+    if not (unroll or turns < 2 or torch.compiler.is_dynamo_compiling()) and _torch.tracing():
+        carry, stacked = rolled(step, init, _first(xs, dim), turns, reverse)
+        return carry, tree.map(lambda part: part.movedim(0, _along(part[0], dim)), stacked)
+    carry, ys = init, []
+    # No turns are one turn on zeros, for the shapes of its output, of which nothing is kept.
+    for turn in reversed(range(turns or 1)) if reverse else range(turns or 1):
+        carry, y = step(carry, slices(turn))
         ys.append(y)
         check_agreement("scan", ("the first turn", describe(ys[0])), ("a later one", describe(y)))
     if reverse:
         ys.reverse()
 
     def stack(*parts: Tensor) -> Tensor:
-        # As torch's scan: an output that has not as many dimensions is stacked along its first.
-        along = dim if -parts[0].ndim - 1 <= dim <= parts[0].ndim else 0
+        along = _along(parts[0], dim)
         return torch.stack(parts, along).narrow(along, 0, turns)
 
     return carry if turns else init, tree.map(stack, *ys)
+
+
+def _along(y: Tensor, dim: int) -> int:
+    """Where outputs are stacked: as in torch's scan, along the first where dim is too large."""
+    return dim if -y.ndim - 1 <= dim <= y.ndim else 0
+
+
+def _first(xs: Any, dim: int) -> Any:
+    return tree.map(lambda leaf: leaf.movedim(dim, 0), xs)
 
 
 def _slices(xs: Any, dim: int, length: int | None) -> tuple[Callable[[int], Any], int]:

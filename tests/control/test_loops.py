@@ -1,5 +1,6 @@
 """scan against a Python loop and torch's own scan; while_loop against a Python loop per member."""
 
+import functools
 from typing import Any, NamedTuple
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensordict import TensorDict
 from torch._higher_order_ops.scan import scan as torch_scan
-from torch.func import grad, jacrev, vmap
+from torch.func import grad, hessian, jacfwd, jacrev, vmap
 
 from funcnets import _torch
 from funcnets.compile import compile
@@ -19,6 +20,14 @@ RUN = {"eager": lambda f: f, "compiled": compiled}
 
 
 # --- scan --------------------------------------------------------------------------------------
+
+
+SCANS = RUN | {"rolled": compiled}
+
+
+def scan_by(run):
+    """scan, as one node of the compiled graph where that is how it is run."""
+    return functools.partial(scan, unroll=run != "rolled")
 
 
 def turn(carry, x):
@@ -44,14 +53,14 @@ def loop(combine, carry, xs, dim, reverse):
     st.lists(st.integers(1, 3), min_size=0, max_size=2),
     st.integers(-3, 2),
     st.booleans(),
-    st.sampled_from(list(RUN)),
+    st.sampled_from(list(SCANS)),
 )
 def test_scan_is_a_loop(turns, rest, dim, reverse, run):
     dim = max(-len(rest) - 1, min(dim, len(rest)))
     shape = list(rest)
     shape.insert(dim % (len(rest) + 1), turns)
     xs = normal(0, *shape), normal(1, *shape)
-    f = RUN[run](lambda c, xs: scan(turn, c, xs, dim=dim, reverse=reverse))
+    f = SCANS[run](lambda c, xs: scan_by(run)(turn, c, xs, dim=dim, reverse=reverse))
     carry, (first, second) = f(start(), xs)
     expected, ys = loop(turn, start(), xs, dim, reverse)
     assert_same(carry, expected)
@@ -107,20 +116,20 @@ def test_torchs_own_scan(dim, reverse):
     )
 
 
-@pytest.mark.parametrize("run", RUN)
+@pytest.mark.parametrize("run", SCANS)
 def test_scan_without_xs(run):
-    f = RUN[run](lambda c: scan(lambda c, x: (c * 2, (c, x)), c, length=3))
+    f = SCANS[run](lambda c: scan_by(run)(lambda c, x: (c * 2, (c, x)), c, length=3))
     carry, (ys, none) = f(torch.tensor(1.0))
     assert carry == 8
     assert ys.tolist() == [1, 2, 4]
     assert none is None
 
 
-@pytest.mark.parametrize("run", RUN)
+@pytest.mark.parametrize("run", SCANS)
 @pytest.mark.parametrize("dim", [0, 1, -1])
 def test_scan_of_no_turns(run, dim):
     def f(c, xs):
-        return scan(
+        return scan_by(run)(
             lambda c, x: (
                 c + 1 + x["a"].sum(),
                 {"y": x["a"], "n": x["i"].sum(), "wide": c.expand(2, 2)},
@@ -133,17 +142,17 @@ def test_scan_of_no_turns(run, dim):
     xs = {"a": torch.empty((2, 0) if dim else (0, 2)), "i": torch.empty((2, 0) if dim else (0, 2))}
     xs["i"] = xs["i"].long()
     c = torch.tensor(3.0)
-    carry, ys = RUN[run](f)(c, xs)
+    carry, ys = SCANS[run](f)(c, xs)
     assert_same(carry, c)
     assert ys["y"].shape == xs["a"].shape
     assert ys["n"].shape == (0,)
     assert ys["n"].dtype == torch.int64
     assert ys["wide"].shape == {0: (0, 2, 2), 1: (2, 0, 2), -1: (2, 2, 0)}[dim]
-    assert RUN[run](grad(lambda c: f(c, xs)[0] + f(c, xs)[1]["wide"].sum()))(c) == 1
-    mapped = RUN[run](vmap(lambda c: f(c, xs)))(torch.ones(3))
+    assert SCANS[run](grad(lambda c: f(c, xs)[0] + f(c, xs)[1]["wide"].sum()))(c) == 1
+    mapped = SCANS[run](vmap(lambda c: f(c, xs)))(torch.ones(3))
     assert mapped[0].shape == (3,)
     assert mapped[1]["y"].shape == (3, *xs["a"].shape)
-    empty = RUN[run](lambda c: scan(lambda c, _: (c, c), c, length=0))(torch.ones(2))
+    empty = SCANS[run](lambda c: scan_by(run)(lambda c, _: (c, c), c, length=0))(torch.ones(2))
     assert empty[1].shape == (0, 2)
 
 
@@ -166,7 +175,7 @@ def test_scan_sequences_that_do_not_fit(error, pattern, arguments):
         scan(lambda c, x: (c, c), torch.tensor(0.0), **arguments)
 
 
-@pytest.mark.parametrize("run", RUN)
+@pytest.mark.parametrize("run", SCANS)
 @pytest.mark.parametrize(
     ("error", "pattern", "combine"),
     [
@@ -183,7 +192,7 @@ def test_scan_sequences_that_do_not_fit(error, pattern, arguments):
 )  # fmt: skip
 def test_scan_turns_that_do_not_fit(error, pattern, combine, run):
     with pytest.raises(error, match=f"scan: .*{pattern}"):
-        RUN[run](lambda c, xs: scan(combine, c, xs))(torch.ones(2), torch.ones(3))
+        SCANS[run](lambda c, xs: scan_by(run)(combine, c, xs))(torch.ones(2), torch.ones(3))
 
 
 def test_scan_outputs_that_change_from_turn_to_turn():
@@ -194,28 +203,137 @@ def test_scan_outputs_that_change_from_turn_to_turn():
         scan(lambda c, x: (c, x), {"a": 1.0}, torch.ones(2))
 
 
-def test_names_of_a_carry_may_change_their_order():
+@pytest.mark.parametrize("run", SCANS)
+def test_names_of_a_carry_may_change_their_order(run):
     def swap(c, x):
         return {"b": c["b"] * x, "a": c["a"] + x}, None
 
-    expected = {"a": torch.tensor(5.0), "b": torch.tensor(6.0)}
-    for run in RUN.values():
-        f = run(lambda c, xs: scan(swap, c, xs))
-        carry, ys = f({"a": torch.tensor(0.0), "b": torch.tensor(1.0)}, torch.tensor([2.0, 3.0]))
-        assert_same(dict(sorted(carry.items())), expected)
-        assert ys is None
+    f = SCANS[run](lambda c, xs: scan_by(run)(swap, c, xs))
+    carry, ys = f({"a": torch.tensor(0.0), "b": torch.tensor(1.0)}, torch.tensor([2.0, 3.0]))
+    assert_same(dict(sorted(carry.items())), {"a": torch.tensor(5.0), "b": torch.tensor(6.0)})
+    assert ys is None
 
 
-@given(st.booleans(), st.integers(1, 3), st.sampled_from(list(RUN)))
+@given(st.booleans(), st.integers(1, 3), st.sampled_from(list(SCANS)))
 @settings(max_examples=6)
 def test_scan_under_vmap_and_grad(reverse, turns, run):
     def f(w, c, xs):
-        final, ys = scan(lambda c, x: (torch.tanh(w * c + x), c * x), c, xs, dim=1, reverse=reverse)
+        final, ys = scan_by(run)(
+            lambda c, x: (torch.tanh(w * c + x), c * x), c, xs, dim=1, reverse=reverse
+        )
         return (final * ys.sum()).sum()
 
     args = normal(0, 3, 2), normal(1, 3, 2), normal(2, 3, 2, turns)
     for g in (f, grad(f, (0, 1, 2)), pushed(f)):
-        assert_same(RUN[run](vmap(g))(*args), per_member(g, *args))
+        assert_same(SCANS[run](vmap(g))(*args), per_member(g, *args))
+
+
+def graphs_of(f, *args):
+    """Every graph, those of subgraphs included, that compiling f for these arguments makes."""
+    found = []
+
+    def backend(graph, inputs):
+        found.extend(m for m in graph.modules() if isinstance(m, torch.fx.GraphModule))
+        return graph
+
+    result = compile(f, backend=backend)(*args)
+    return found, result
+
+
+@pytest.mark.parametrize(
+    ("transform", "members", "nodes"),
+    [
+        (lambda f: f, (), 1),
+        (lambda f: vmap(f, (None, 0)), (3,), 1),
+        (grad, (), 2),
+        (lambda f: vmap(grad(f), (None, 0)), (3,), 2),
+    ],
+    ids=["forward", "vmap", "grad", "vmap(grad)"],
+)
+def test_a_rolled_scan_is_one_node_of_a_graph_whose_size_is_the_same_for_every_length(
+    transform, members, nodes
+):
+    def f(w, xs):
+        return scan(lambda c, x: (torch.sin(w * c) + x, None), w, xs, unroll=False)[0].sum()
+
+    sizes = []
+    for turns in (2, 30):
+        args = normal(0, 2), normal(1, *members, turns, 2)
+        graphs, result = graphs_of(transform(f), *args)
+        assert_same(result, transform(f)(*args))
+        targets = [node.target for graph in graphs for node in graph.graph.nodes]
+        assert targets.count(_torch.scan_node) == nodes
+        sizes.append(len(targets))
+    assert sizes[0] == sizes[1]
+
+
+def test_rolled_scans_within_one_another_and_around_control_flow():
+    def f(w, xs, unroll):
+        def inner(c, x):
+            new = cond(x.sum() > 0, lambda c: torch.sin(c * w), lambda c: c - w, (c,))
+            return new, {"s": new.sum()}
+
+        def outer(c, row):
+            last, found = scan(inner, c, row, unroll=unroll)
+            return (last + c), found
+
+        last, found = scan(outer, w, xs, unroll=unroll)
+        return (last * found["s"].square().sum()).sum()
+
+    args = normal(0, 2), normal(1, 3, 4, 2)
+    for transform in (lambda f: f, lambda f: grad(f, (0, 1)), lambda f: vmap(grad(f), (None, 1))):
+        rolled = compiled(transform(lambda w, xs: f(w, xs, unroll=False)))
+        assert_same(rolled(*args), transform(lambda w, xs: f(w, xs, unroll=True))(*args))
+
+
+@given(st.booleans(), st.integers(2, 4))
+@settings(max_examples=4)
+def test_second_derivatives_of_a_rolled_scan(reverse, turns):
+    def f(w, c, xs, unroll):
+        def turn(c, x):
+            new = torch.tanh(w * c["h"].flip(0) + x)
+            return {"h": new, "n": c["n"] + 1}, new.square().sum() * c["n"]
+
+        start = {"h": c, "n": torch.tensor(0)}
+        last, ys = scan(turn, start, xs, reverse=reverse, unroll=unroll)
+        return (last["h"] * ys.sum()).sum()
+
+    def slope(*args):
+        return sum(part.square().sum() for part in grad(f, (0, 1, 2))(*args))
+
+    args = normal(0, 2), normal(1, 2), normal(2, turns, 2)
+    batch = (*args[:2], torch.stack([args[2], 2 * args[2]]))
+    for transform, given in (
+        (lambda g: grad(slope, (0, 1, 2)), args),
+        (lambda g: hessian(g, 1), args),
+        (lambda g: jacfwd(jacfwd(g, 0), 0), args),
+        (lambda g: vmap(grad(slope, (0, 2)), (None, None, 0, None)), batch),
+    ):
+        rolled = compiled(lambda *args, t=transform: t(f)(*args, False))
+        assert_same(rolled(*given), transform(f)(*given, True))
+
+
+@pytest.mark.parametrize("carry", [(), {"a": torch.tensor(1), "b": torch.tensor(2.0)}])
+def test_rolled_scans_of_carries_without_numbers_or_derivatives(carry):
+    def f(w, xs):
+        last, ys = scan(lambda c, x: (c, x * w), carry, xs, unroll=False)
+        return ys.sum(), last
+
+    def value_and_gradients(w, xs):
+        return grad(f, (0, 1), has_aux=True)(w, xs)
+
+    args = normal(0, 2), normal(1, 3, 2)
+    expected = args[1].sum(0), args[0].expand(3, 2)
+    assert_same(compiled(value_and_gradients)(*args), (expected, carry))
+
+
+@pytest.mark.dynamo
+def test_plain_torch_compile_lays_a_rolled_scan_out():
+    def f(w, xs):
+        return scan(lambda c, x: (c * w + x, c), w, xs, unroll=False)
+
+    args = normal(0, 2), normal(1, 3, 2)
+    assert_same(torch.compile(f, fullgraph=True, backend="aot_eager")(*args), f(*args))
 
 
 # --- while_loop --------------------------------------------------------------------------------

@@ -53,12 +53,16 @@ def with_switch(flag, params, x):
     return switch(flag.long() + 1, branches, (params, x))
 
 
-def with_scan(flag, params, x):
+def with_scan(flag, params, x, unroll=True):
     def turn(carry, scale):
         return carry + scale * cond(flag, deep, shallow, (params, x)), carry
 
     scales = torch.tensor([0.25, 0.75], dtype=x.dtype)
-    return scan(turn, torch.zeros((), dtype=x.dtype), scales)[0]
+    return scan(turn, torch.zeros((), dtype=x.dtype), scales, unroll=unroll)[0]
+
+
+def with_rolled_scan(flag, params, x):
+    return with_scan(flag, params, x, unroll=False)
 
 
 def with_bounded_while(flag, params, x):
@@ -97,6 +101,7 @@ COLUMNS = {
         with_nested_cond,
         with_switch,
         with_scan,
+        with_rolled_scan,
         with_bounded_while,
         with_while,
         with_route,
