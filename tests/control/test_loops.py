@@ -303,14 +303,14 @@ def test_second_derivatives_of_a_rolled_scan(reverse, turns):
 
     args = normal(0, 2), normal(1, 2), normal(2, turns, 2)
     batch = (*args[:2], torch.stack([args[2], 2 * args[2]]))
-    for transform, given in (
+    for transform, inputs in (
         (lambda g: grad(slope, (0, 1, 2)), args),
         (lambda g: hessian(g, 1), args),
         (lambda g: jacfwd(jacfwd(g, 0), 0), args),
         (lambda g: vmap(grad(slope, (0, 2)), (None, None, 0, None)), batch),
     ):
         rolled = compiled(lambda *args, t=transform: t(f)(*args, False))
-        assert_same(rolled(*given), transform(f)(*given, True))
+        assert_same(rolled(*inputs), transform(f)(*inputs, True))
 
 
 @pytest.mark.parametrize("carry", [(), {"a": torch.tensor(1), "b": torch.tensor(2.0)}])
