@@ -10,7 +10,14 @@ from funcnets.losses.metric import (
     prototypical,
     prototypical_logits,
     semi_hard,
+    supervised_contrastive,
     triplet_margin,
+)
+from funcnets.losses.multitask import (
+    init_uncertainty,
+    scale_by_largest,
+    uncertainty,
+    weighted_sum,
 )
 
 __all__ = [
@@ -20,9 +27,14 @@ __all__ = [
     "ensemble_log_probabilities",
     "expected_calibration_error",
     "info_nce",
+    "init_uncertainty",
     "pairwise_distances",
     "prototypical",
     "prototypical_logits",
+    "scale_by_largest",
     "semi_hard",
+    "supervised_contrastive",
     "triplet_margin",
+    "uncertainty",
+    "weighted_sum",
 ]

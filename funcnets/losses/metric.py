@@ -207,6 +207,33 @@ def info_nce(
     return loss
 
 
+def supervised_contrastive(
+    embeddings: Float[Tensor, "batch features"],
+    labels: Int[Tensor, " batch"],
+    temperature: float | Float[Tensor, ""] = 0.1,
+) -> Float[Tensor, ""]:
+    """Picks each sample's fellows among the samples of other classes (Khosla et al. 2020).
+
+    The mean over all pairs of one class of the cross-entropy of the second among it and all samples
+    of other classes than the first's, by cosine similarity over the temperature. (Unlike in the
+    paper, the fellows do not compete with one another.) Without such pairs the loss is zero.
+
+    Raises:
+        ValueError: where the shapes do not fit.
+
+    >>> x = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    >>> supervised_contrastive(x, torch.tensor([0, 0, 1]), temperature=1.0)  # log(1 + exp(-1))
+    tensor(0.3133)
+    """
+    same, fellows = _same("supervised_contrastive", embeddings, labels)
+    logits = _cosines(embeddings, embeddings) / temperature
+    # A finite number for minus infinity: of a row of those, logsumexp would have no gradient.
+    lowest = torch.finfo(logits.dtype).min / 2
+    others = torch.logsumexp(logits.masked_fill(same, lowest), dim=1, keepdim=True)
+    loss = F.softplus(others - logits)
+    return torch.where(fellows, loss, 0.0).sum() / fellows.sum().clamp(min=1)
+
+
 def prototypical_logits(
     support: Float[Tensor, "support features"],
     labels: Int[Tensor, " support"],
@@ -272,10 +299,10 @@ def prototypical(
     return F.cross_entropy(logits, query_labels)
 
 
-def _compared(
+def _same(
     name: str, embeddings: Tensor, labels: Tensor
-) -> tuple[Float[Tensor, "batch batch"], Bool[Tensor, "batch batch"], Bool[Tensor, "batch batch"]]:
-    """Distances, and who is another sample of the same class, and who of another class."""
+) -> tuple[Bool[Tensor, "batch batch"], Bool[Tensor, "batch batch"]]:
+    """Who is of the same class, and who of these is another sample."""
     if embeddings.ndim != 2 or not len(embeddings) or labels.shape != embeddings.shape[:1]:
         raise ValueError(
             f"{name}: expected embeddings [batch, features] and labels [batch], "
@@ -283,13 +310,17 @@ def _compared(
         )
     place = torch.arange(len(labels), device=labels.device)
     same = rearrange(labels, "a -> a 1") == labels
+    return same, same & (rearrange(place, "a -> a 1") != place)
+
+
+def _compared(
+    name: str, embeddings: Tensor, labels: Tensor
+) -> tuple[Float[Tensor, "batch batch"], Bool[Tensor, "batch batch"], Bool[Tensor, "batch batch"]]:
+    """Distances, and who is another sample of the same class, and who of another class."""
+    same, fellows = _same(name, embeddings, labels)
     # Which samples are picked has no gradient.
     detached = embeddings.detach()
-    return (
-        pairwise_distances(detached, detached),
-        same & (rearrange(place, "a -> a 1") != place),
-        ~same,
-    )
+    return pairwise_distances(detached, detached), fellows, ~same
 
 
 def _root(square: Tensor) -> Tensor:
