@@ -32,6 +32,7 @@ from funcnets.layers.dropout import (
     stochastic_depth,
 )
 from funcnets.layers.embedding import embedding, embedding_bag, init_embedding, unembed
+from funcnets.layers.inverted_residual import init_inverted_residual, inverted_residual
 from funcnets.layers.linear import bilinear, init_bilinear, init_linear, linear
 from funcnets.layers.norm import (
     batch_norm,
@@ -102,6 +103,7 @@ __all__ = [
     "init_embedding",
     "init_group_norm",
     "init_instance_norm",
+    "init_inverted_residual",
     "init_layer_norm",
     "init_linear",
     "init_residual_block",
@@ -110,6 +112,7 @@ __all__ = [
     "init_squeeze_excitation",
     "initializers",
     "instance_norm",
+    "inverted_residual",
     "layer_norm",
     "linear",
     "max_pool1d",

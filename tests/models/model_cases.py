@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
+import convnet_references
 import torch
 from hypothesis import strategies as st
+from multimodal_reference import Attention, Gate, Multimodal
+from references import RESIDUAL_BLOCKS
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torchvision.models.resnet import BasicBlock, Bottleneck
-from torchvision.ops import MLP, Conv2dNormActivation, Conv3dNormActivation, SqueezeExcitation
+from torchvision.models.densenet import _DenseBlock, _Transition
+from torchvision.ops import MLP, Conv2dNormActivation, Conv3dNormActivation
 from torchvision.ops.misc import ConvNormActivation
+from unet_reference import UNet
 
 from funcnets import models, random, tree
 from funcnets.model import Model
 
 DTYPE = torch.float64
+
+
+class Indices(NamedTuple):
+    """An input of integers below ``high``."""
+
+    shape: tuple[int, ...]
+    high: int
 
 
 @dataclass(frozen=True)
@@ -28,13 +40,14 @@ class Case:
 
     Attributes:
         model: with any rate of dropout.
-        shapes: of its inputs, the first axis the batch.
+        shapes: of its inputs, the first axis the batch; `Indices` for integers, dicts for inputs by
+            name.
         module: makes the torch module of the same parameter names, without dropout.
         draws: whether training draws, so that it needs a key.
     """
 
     model: Model
-    shapes: tuple[tuple[int, ...], ...]
+    shapes: tuple[Any, ...]
     module: Callable[[], nn.Module]
     draws: bool = False
 
@@ -48,11 +61,17 @@ class Case:
 
         return tree.map_with_path(perturb, tree.cast(self.model.init(key), dtype))
 
-    def inputs(self, key: Tensor, dtype: torch.dtype = DTYPE) -> tuple[Tensor, ...]:
+    def inputs(self, key: Tensor, dtype: torch.dtype = DTYPE) -> tuple[Any, ...]:
+        def draw(key: Tensor, shape: Any) -> Any:
+            if isinstance(shape, dict):
+                keys = random.split(key, len(shape)).unbind()
+                return {name: draw(k, shape[name]) for k, name in zip(keys, shape, strict=True)}
+            if isinstance(shape, Indices):
+                return random.randint(key, shape.shape, 0, shape.high)
+            return random.normal(key, shape, dtype=dtype)
+
         keys = random.split(key, len(self.shapes)).unbind()
-        return tuple(
-            random.normal(k, shape, dtype=dtype) for k, shape in zip(keys, self.shapes, strict=True)
-        )
+        return tuple(map(draw, keys, self.shapes))
 
     def reference(self, params: Any) -> nn.Module:
         """The module with these parameters, which have all its names and no others."""
@@ -61,6 +80,18 @@ class Case:
         state = {name: leaf.clone() for name, leaf in tree.to_state_dict(params, module).items()}
         module.load_state_dict(state, strict=True)
         return module
+
+
+def differentiable(inputs: Any) -> tuple[list[Tensor], Callable[[list[Tensor]], Any]]:
+    """The inputs that have a gradient, and the function that puts others into their places."""
+    leaves, structure = tree.flatten(inputs)
+
+    def rebuild(points: list[Tensor]) -> Any:
+        rest = iter(points)
+        filled = [next(rest) if leaf.is_floating_point() else leaf for leaf in leaves]
+        return tree.unflatten(structure, filled)
+
+    return [leaf for leaf in leaves if leaf.is_floating_point()], rebuild
 
 
 class NoArithmetic(TorchDispatchMode):
@@ -144,33 +175,6 @@ def cnn(n: int = 2, m: int = 3, space: tuple[int, ...] = (5, 4), **options: Any)
     return Case(model, ((3, n, *space),), module, config.dropout > 0)
 
 
-class Squeezed(nn.Module):
-    """Mixed into a block of torchvision: squeeze-and-excitation after the last norm."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        last = max(name for name, _ in self.named_children() if name.startswith("bn"))
-        channels = getattr(self, last).num_features
-        self.se = SqueezeExcitation(channels, max(1, channels // 16))
-        getattr(self, last).register_forward_hook(lambda norm, inputs, output: self.se(output))
-
-
-class SqueezedBasicBlock(Squeezed, BasicBlock):
-    """As the library's block with ``squeeze``."""
-
-
-class SqueezedBottleneck(Squeezed, Bottleneck):
-    """As the library's block with ``squeeze``."""
-
-
-RESIDUAL_BLOCKS = {
-    ("basic", False): BasicBlock,
-    ("bottleneck", False): Bottleneck,
-    ("basic", True): SqueezedBasicBlock,
-    ("bottleneck", True): SqueezedBottleneck,
-}
-
-
 def resnet(n: int = 2, m: int = 3, size: int = 6, **options: Any) -> Case:
     model = models.resnet(num_classes=m, in_channels=n, **options)
     config = model.config
@@ -211,6 +215,82 @@ def resnet(n: int = 2, m: int = 3, size: int = 6, **options: Any) -> Case:
     return Case(model, ((3, n, size, size),), module, config.stochastic_depth > 0)
 
 
+def densenet(n: int = 2, m: int = 3, size: int = 6, **options: Any) -> Case:
+    model = models.densenet(num_classes=m, in_channels=n, **options)
+    config = model.config
+
+    def module() -> nn.Module:
+        kernel_size, stride, padding = {"imagenet": (7, 2, 3), "small": (3, 1, 1)}[config.stem]
+        channels, growth = config.width, config.growth_rate
+        parts: dict[str, nn.Module] = {
+            "conv0": nn.Conv2d(n, channels, kernel_size, stride, padding, bias=False),
+            "norm0": nn.BatchNorm2d(channels),
+            "relu0": nn.ReLU(),
+        }
+        if config.stem == "imagenet":
+            parts["pool0"] = nn.MaxPool2d(3, 2, 1)
+        for i, depth in enumerate(config.depths):
+            if i:
+                left = math.floor(config.compression * channels)
+                parts[f"transition{i}"] = _Transition(channels, left)
+                channels = left
+            parts[f"denseblock{i + 1}"] = _DenseBlock(
+                depth, channels, config.bottleneck, growth, drop_rate=0.0
+            )
+            channels += depth * growth
+        parts["norm5"] = nn.BatchNorm2d(channels)
+        for conv in nn.ModuleList(parts.values()).modules():
+            if isinstance(conv, nn.Conv2d):
+                nn.init.kaiming_normal_(conv.weight)
+        classifier = nn.Linear(channels, m)
+        nn.init.zeros_(classifier.bias)
+        return nn.Sequential(
+            OrderedDict(
+                features=nn.Sequential(OrderedDict(parts)),
+                relu=nn.ReLU(),
+                avgpool=nn.AdaptiveAvgPool2d(1),
+                flatten=nn.Flatten(),
+                classifier=classifier,
+            )
+        )
+
+    return Case(model, ((3, n, size, size),), module, config.dropout > 0)
+
+
+def unet(n: int = 2, m: int = 3, space: tuple[int, int] = (5, 4), **options: Any) -> Case:
+    model = models.unet(n, m, **options)
+    config = model.config
+    norm = {
+        None: None,
+        "batch": nn.BatchNorm2d,
+        "group": partial(nn.GroupNorm, config.groups),
+    }[config.norm]
+
+    def module() -> nn.Module:
+        return UNet(
+            n,
+            m,
+            config.widths,
+            config.convolutions,
+            norm,
+            ACTIVATIONS[config.activation],
+            config.upsample,
+        )
+
+    return Case(model, ((3, n, *space),), module, config.dropout > 0)
+
+
+def convnet(family: str, n: int = 2, m: int = 3, size: int = 6, **options: Any) -> Case:
+    """A network of torchvision's kind, from images to logits."""
+    # Options of its own are called size in lenet, whose images have it.
+    own = {"size": size} if family == "lenet" else {}
+    model = getattr(models, family)(num_classes=m, in_channels=n, **own, **options)
+    config = model.config
+    draws = any(getattr(config, rate, 0) > 0 for rate in ("dropout", "stochastic_depth"))
+    module = partial(getattr(convnet_references, family), config)
+    return Case(model, ((3, n, size, size),), module, draws)
+
+
 class Normalize(nn.Module):
     """Rows of length one."""
 
@@ -229,6 +309,46 @@ def siamese(encoder: Case, **options: Any) -> Case:
         return nn.Sequential(OrderedDict(parts))
 
     return Case(model, encoder.shapes, module, encoder.draws)
+
+
+def embedding(n: int = 5, m: int = 2, batch: int = 3, padding_idx: int | None = None) -> Case:
+    model = models.embedding(n, m, padding_idx=padding_idx)
+    module = partial(nn.Embedding, n, m, padding_idx=padding_idx)
+    return Case(model, (Indices((batch,), n),), module)
+
+
+def multimodal(
+    encoders: dict[str, Case | str], heads: dict[str, Case | int], **options: Any
+) -> Case:
+    model = models.multimodal(
+        {n: e if isinstance(e, str) else e.model for n, e in encoders.items()},
+        {n: head if isinstance(head, int) else head.model for n, head in heads.items()},
+        **options,
+    )
+    config = model.config
+    shapes = {}
+    for name, encoder in encoders.items():
+        case = encoders[encoder] if isinstance(encoder, str) else encoder
+        shapes[name] = case.shapes[0]
+
+    def module() -> nn.Module:
+        fusion: nn.Module | str = config.fusion
+        if fusion == "gated":
+            fusion = Gate(len(encoders), config.fused)
+        if fusion == "attention":
+            fusion = Attention(config.fused, config.attention_heads)
+        return Multimodal(
+            {n: e if isinstance(e, str) else e.module() for n, e in encoders.items()},
+            {
+                n: nn.Linear(config.fused, head) if isinstance(head, int) else head.module()
+                for n, head in heads.items()
+            },
+            fusion,
+            nn.Identity() if config.activation == "identity" else ACTIVATIONS[config.activation](),
+        )
+
+    parts = [part for part in (*encoders.values(), *heads.values()) if isinstance(part, Case)]
+    return Case(model, (shapes,), module, any(part.draws for part in parts))
 
 
 sizes = st.integers(1, 4)
@@ -290,8 +410,74 @@ def resnets(draw: Any) -> Case:
     )
 
 
+@st.composite
+def densenets(draw: Any) -> Case:
+    depths = draw(st.lists(st.integers(1, 2), min_size=1, max_size=2).map(tuple))
+    return densenet(
+        draw(sizes),
+        draw(sizes),
+        draw(st.integers(5, 8)),
+        depths=depths,
+        growth_rate=draw(st.integers(1, 3)),
+        width=draw(st.integers(2, 4)),
+        bottleneck=draw(st.integers(1, 3)),
+        compression=draw(st.sampled_from([0.4, 0.5, 1.0])),
+        stem=draw(st.sampled_from(["imagenet", "small"])),
+        remat=draw(st.booleans()),
+    )
+
+
+@st.composite
+def unets(draw: Any) -> Case:
+    widths = draw(st.lists(st.sampled_from([2, 4]), min_size=2, max_size=3).map(tuple))
+    least = 2 ** (len(widths) - 1)
+    space = st.integers(least, 2 * least + 1)
+    return unet(
+        draw(sizes),
+        draw(sizes),
+        (draw(space), draw(space)),
+        widths=widths,
+        convolutions=draw(st.integers(1, 2)),
+        norm=draw(st.sampled_from([None, "batch", "group"])),
+        groups=2,
+        upsample=draw(st.sampled_from(["transposed", "bilinear", "nearest"])),
+        activation=draw(st.sampled_from(list(ACTIVATIONS))),
+    )
+
+
 def siameses() -> st.SearchStrategy[Case]:
     return st.builds(siamese, st.one_of(mlps(), cnns()), normalize=st.booleans())
+
+
+def embeddings() -> st.SearchStrategy[Case]:
+    return st.builds(embedding, sizes, sizes, sizes, st.sampled_from([None, 0, -1]))
+
+
+@st.composite
+def multimodals(draw: Any) -> Case:
+    fusion = draw(st.sampled_from(["concat", "sum", "gated", "attention"]))
+    size = draw(st.sampled_from([2, 4]))
+    make = {
+        "mlp": lambda: mlp(3, size, (3,), widths=(4,)),
+        "mlp_batch": lambda: mlp(2, size, (3,), widths=(4,), norm="batch"),
+        "cnn": lambda: cnn(1, size, widths=(2,), activation="tanh"),
+        "embedding": lambda: embedding(4, size, 3),
+    }
+    kinds = draw(st.lists(st.sampled_from(list(make)), min_size=1, max_size=3))
+    encoders: dict[str, Case | str] = {f"{kind}{i}": make[kind]() for i, kind in enumerate(kinds)}
+    if draw(st.booleans()):
+        encoders["again"] = draw(st.sampled_from(list(encoders)))
+    fused = size * (len(encoders) if fusion == "concat" else 1)
+    heads: dict[str, Case | int] = {"linear": draw(sizes)}
+    if draw(st.booleans()):
+        heads["mlp"] = mlp(fused, draw(sizes), (3,), widths=(4,), norm="batch")
+    return multimodal(
+        encoders,
+        heads,
+        fusion=fusion,
+        attention_heads=draw(st.sampled_from([1, 2])),
+        activation=draw(st.sampled_from(["identity", "tanh", "relu"])),
+    )
 
 
 # Every norm, and what else takes a way of its own through the code.
@@ -309,11 +495,50 @@ CASES: dict[str, Case] = {
     "resnet_bottleneck": resnet(
         block="bottleneck", depths=(2,), width=2, groups=2, squeeze_excitation=True
     ),
+    "densenet": densenet(
+        depths=(2, 1), growth_rate=2, width=3, bottleneck=2, stem="small", dropout=0.4
+    ),
+    "densenet_remat": densenet(depths=(2,), growth_rate=2, width=2, bottleneck=1, remat=True),
+    "unet": unet(widths=(2, 4, 2), dropout=0.4),
+    "unet_bilinear": unet(
+        widths=(2, 4), convolutions=1, norm="group", groups=2, upsample="bilinear"
+    ),
+    "unet_nearest": unet(
+        widths=(2, 3), convolutions=1, norm=None, upsample="nearest", activation="silu"
+    ),
+    **{
+        name: convnet(name.removesuffix("_batch"), **options)
+        for name, options in convnet_references.SMALL.items()
+    },
     "siamese": siamese(mlp(widths=(5, 4), norm="batch", dropout=0.4), normalize=True),
+    "embedding": embedding(),
+    "embedding_padding": embedding(padding_idx=1),
+    "multimodal": multimodal(
+        {"table": mlp(3, 2, (3,), widths=(4,), norm="batch", dropout=0.4), "kind": embedding()},
+        {"class": 3, "value": mlp(4, 1, (3,), widths=(4,), norm="batch", dropout=0.4)},
+    ),
+    "multimodal_shared": multimodal(
+        {"left": cnn(1, 2, widths=(2,)), "right": "left"}, {"same": 1}, fusion="gated"
+    ),
+    "multimodal_attention": multimodal(
+        {"x": mlp(3, 4, (3,), widths=()), "y": mlp(2, 4, (3,), widths=()), "kind": embedding(5, 4)},
+        {"class": 3},
+        fusion="attention",
+        attention_heads=2,
+        activation="tanh",
+    ),
 }
 FAMILIES: dict[str, st.SearchStrategy[Case]] = {
     "mlp": mlps(),
     "cnn": cnns(),
     "resnet": resnets(),
+    "densenet": densenets(),
+    "unet": unets(),
+    **{
+        family: drawn.map(lambda options: convnet(**options))
+        for family, drawn in convnet_references.DRAWN.items()
+    },
     "siamese": siameses(),
+    "embedding": embeddings(),
+    "multimodal": multimodals(),
 }

@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from model_cases import CASES, DTYPE, FAMILIES, NoArithmetic
+from model_cases import CASES, DTYPE, FAMILIES, NoArithmetic, differentiable
 from scipy.stats import ks_2samp
 from tensordict import TensorDict
 from torch.func import grad, vjp, vmap
@@ -48,8 +48,12 @@ def members(case, n=3):
         for key in random.split(KEY, n).unbind()
     ]
     params, inputs, keys = zip(*singles, strict=True)
-    together = tuple(map(torch.stack, zip(*inputs, strict=True)))
+    together = tree.map(lambda *leaves: torch.stack(leaves), *inputs)
     return singles, (tree.stack(params), together, torch.stack(keys))
+
+
+def sample_of(batch, i):
+    return tree.map(lambda leaf: leaf[i], batch)
 
 
 def loss_of(case):
@@ -57,7 +61,7 @@ def loss_of(case):
 
     def loss(params, inputs, key):
         outputs, buffers = case.model.apply(params, *inputs, train=True, key=key)
-        return (outputs + 0.3 * outputs.square()).sum(), buffers
+        return sum((y + 0.3 * y.square()).sum() for y in tree.leaves(outputs)), buffers
 
     return loss
 
@@ -77,21 +81,21 @@ def test_equals_the_torch_module(family, train, data, seed):
     params, inputs = case.params(random.fold_in(key, 0)), case.inputs(random.fold_in(key, 1))
     module = case.reference(params).train(train)
 
-    def outputs_of(params, *inputs):
-        return (
-            case.model.apply(params, *inputs, train=True)[0]
-            if train
-            else (case.model.apply(params, *inputs))
-        )
+    points, rebuild = differentiable(inputs)
 
-    tracked = [x.clone().requires_grad_() for x in inputs]
-    expected = module(*tracked)
-    outputs, pull_back = vjp(outputs_of, params, *inputs)
-    close(outputs, expected.detach())
+    def outputs_of(params, points):
+        outputs = case.model.apply(params, *rebuild(points), train=train)
+        return outputs[0] if train else outputs
 
-    cotangent = random.normal(random.fold_in(key, 2), outputs.shape, dtype=DTYPE)
-    expected.backward(cotangent)
-    param_grads, *input_grads = pull_back(cotangent)
+    tracked = [x.clone().requires_grad_() for x in points]
+    expected = module(*rebuild(tracked))
+    outputs, pull_back = vjp(outputs_of, params, points)
+    close(outputs, tree.map(torch.detach, expected))
+
+    keys = iter(random.split(random.fold_in(key, 2), len(tree.leaves(outputs))).unbind())
+    cotangent = tree.map(lambda y: random.normal(next(keys), y.shape, dtype=DTYPE), outputs)
+    tree.map(lambda y, g: y.backward(g, retain_graph=True), expected, cotangent)
+    param_grads, input_grads = pull_back(cotangent)
     close(input_grads, [x.grad for x in tracked])
     wanted = {name: parameter.grad for name, parameter in module.named_parameters()}
     for name, gradient in tree.to_state_dict(param_grads).items():
@@ -181,7 +185,7 @@ def test_vmap_equals_the_loop(case, in_dims):
     outputs = vmap(lambda p, x: case.model.apply(p, *x), in_dims)(*chosen)
     for i, (p, x, _) in enumerate(singles):
         p, x = p if in_dims[0] == 0 else first_params, x if in_dims[1] == 0 else first_inputs
-        close(outputs[i], case.model.apply(p, *x))
+        close(sample_of(outputs, i), case.model.apply(p, *x))
 
 
 @every_model
@@ -195,21 +199,22 @@ def test_an_ensemble_in_training_equals_the_loop(case):
     identical(same_buffers, buffers)
     for i, (p, x, k) in enumerate(singles):
         wanted, new = case.model.apply(p, *x, train=True, key=k)
-        close(outputs[i], wanted)
-        close(tree.map(lambda leaf, i=i: leaf[i], buffers), new)
-        close(tree.map(lambda leaf, i=i: leaf[i], gradients), grad(loss, has_aux=True)(p, x, k)[0])
+        close(sample_of(outputs, i), wanted)
+        close(sample_of(buffers, i), new)
+        close(sample_of(gradients, i), grad(loss, has_aux=True)(p, x, k)[0])
 
 
 @every_model
 def test_per_sample_gradients_equal_the_loop(case):
     params, inputs = case.params(KEY), case.inputs(KEY)
 
-    def loss(params, *sample):
-        return case.model.apply(params, *(x[None] for x in sample)).square().sum()
+    def loss(params, sample):
+        outputs = case.model.apply(params, *tree.map(lambda x: x[None], sample))
+        return sum(y.square().sum() for y in tree.leaves(outputs))
 
-    gradients = vmap(grad(loss), (None, *[0] * len(inputs)))(params, *inputs)
-    for i, sample in enumerate(zip(*inputs, strict=True)):
-        close(tree.map(lambda leaf, i=i: leaf[i], gradients), grad(loss)(params, *sample))
+    gradients = vmap(grad(loss), (None, 0))(params, inputs)
+    for i in range(len(tree.leaves(inputs)[0])):
+        close(sample_of(gradients, i), grad(loss)(params, sample_of(inputs, i)))
 
 
 @every_model
@@ -239,17 +244,17 @@ def test_plain_torch_compile_forward_and_backward(case):
         tracked = tree.map_with_path(
             lambda path, leaf: leaf.clone().requires_grad_(tree.is_trainable(path, leaf)), params
         )
-        points = [x.clone().requires_grad_() for x in inputs]
-        outputs = compiled(tracked, *points, train=train, key=key)
-        outputs = outputs[0] if train else outputs
-        outputs.square().sum().backward()
+        points, rebuild = differentiable(inputs)
+        tracked_points = [x.clone().requires_grad_() for x in points]
 
-        def loss(params, inputs, train=train):
-            outputs = model.apply(params, *inputs, train=train, key=key)
-            return (outputs[0] if train else outputs).square().sum()
+        def loss(apply, params, points, train=train, rebuild=rebuild):
+            outputs = apply(params, *rebuild(points), train=train, key=key)
+            outputs = outputs[0] if train else outputs
+            return sum(y.square().sum() for y in tree.leaves(outputs))
 
-        wanted, wanted_inputs = grad(loss, (0, 1))(params, inputs)
-        close([x.grad for x in points], list(wanted_inputs))
+        loss(compiled, tracked, tracked_points).backward()
+        wanted, wanted_points = grad(partial(loss, model.apply), (0, 1))(params, points)
+        close([x.grad for x in tracked_points], wanted_points)
         trainable, _ = tree.partition(tracked)
         close(tree.map(lambda leaf: leaf.grad, trainable), tree.partition(wanted)[0])
 
@@ -312,6 +317,8 @@ def test_parameters_that_do_not_fit(case):
 @every_model
 def test_inputs_of_another_dtype(case):
     params, inputs = case.params(KEY), case.inputs(KEY, torch.float32)
+    if not differentiable(inputs)[0]:
+        pytest.skip("its inputs are integers")
     message = r": x: expected float64 \(as weight\), got float32\["
     with pytest.raises(ValueError, match=message), NoArithmetic():
         case.model.apply(params, *inputs)

@@ -13,6 +13,7 @@ from torch.func import grad
 from torchvision.ops import StochasticDepth
 
 from funcnets import models, random, tree
+from funcnets.model import Model
 
 KEY = random.key(5)
 
@@ -22,15 +23,28 @@ class Constructor:
     """What a constructor takes in the test.
 
     Attributes:
-        size: of the images; as small as the network allows.
+        size: of the images; as small as the network allows, and for the efficientnets so large that
+            their last norms have more than two values to look at, whose derivatives explode.
         still: options without which our network draws in training.
+        hidden: features of the hidden layers of a VGG network; two are compared as they are, and
+            the others, of the same 124 million parameters there, with less, to save time.
     """
 
     size: int = 32
     still: dict[str, Any] = field(default_factory=dict)
+    hidden: int | None = None
+
+    def model(self, name: str) -> Model:
+        """The constructor's network."""
+        hidden = {} if self.hidden is None else {"hidden": self.hidden}
+        return getattr(models, name)(**self.still, **hidden)
 
 
 CONSTRUCTORS = {
+    "densenet121": Constructor(),
+    "densenet161": Constructor(),
+    "densenet169": Constructor(),
+    "densenet201": Constructor(),
     "resnet18": Constructor(),
     "resnet34": Constructor(),
     "resnet50": Constructor(),
@@ -41,13 +55,44 @@ CONSTRUCTORS = {
     "resnext101_64x4d": Constructor(),
     "wide_resnet50_2": Constructor(),
     "wide_resnet101_2": Constructor(),
+    "alexnet": Constructor(63, {"dropout": 0.0}),
+    "vgg11": Constructor(still={"dropout": 0.0}),
+    "vgg11_bn": Constructor(still={"dropout": 0.0}, hidden=8),
+    "vgg13": Constructor(still={"dropout": 0.0}, hidden=8),
+    "vgg13_bn": Constructor(still={"dropout": 0.0}, hidden=8),
+    "vgg16": Constructor(still={"dropout": 0.0}, hidden=8),
+    "vgg16_bn": Constructor(still={"dropout": 0.0}, hidden=8),
+    "vgg19": Constructor(still={"dropout": 0.0}, hidden=8),
+    "vgg19_bn": Constructor(still={"dropout": 0.0}),
+    "mobilenet_v2": Constructor(still={"dropout": 0.0}),
+    "mobilenet_v3_small": Constructor(still={"dropout": 0.0}),
+    "mobilenet_v3_large": Constructor(still={"dropout": 0.0}),
+    "efficientnet_b0": Constructor(33, {"dropout": 0.0, "stochastic_depth": 0.0}),
+    "efficientnet_b1": Constructor(33, {"dropout": 0.0, "stochastic_depth": 0.0}),
+    "efficientnet_b2": Constructor(33, {"dropout": 0.0, "stochastic_depth": 0.0}),
+    "efficientnet_b3": Constructor(33, {"dropout": 0.0, "stochastic_depth": 0.0}),
+    "efficientnet_b4": Constructor(33, {"dropout": 0.0, "stochastic_depth": 0.0}),
+    "efficientnet_b5": Constructor(33, {"dropout": 0.0, "stochastic_depth": 0.0}),
+    "efficientnet_b6": Constructor(33, {"dropout": 0.0, "stochastic_depth": 0.0}),
+    "efficientnet_b7": Constructor(33, {"dropout": 0.0, "stochastic_depth": 0.0}),
+    "efficientnet_v2_s": Constructor(33, {"dropout": 0.0, "stochastic_depth": 0.0}),
+    "efficientnet_v2_m": Constructor(33, {"dropout": 0.0, "stochastic_depth": 0.0}),
+    "efficientnet_v2_l": Constructor(33, {"dropout": 0.0, "stochastic_depth": 0.0}),
+    "convnext_tiny": Constructor(still={"stochastic_depth": 0.0}),
+    "convnext_small": Constructor(still={"stochastic_depth": 0.0}),
+    "convnext_base": Constructor(still={"stochastic_depth": 0.0}),
+    "convnext_large": Constructor(still={"stochastic_depth": 0.0}),
 }
 
 
-def make_module(name: str) -> nn.Module:
+def make_module(name: str, hidden: int | None = None) -> nn.Module:
     """Torchvision's network, of weights that keep the activations near one, without dropout."""
     with torch.device("meta"):
         module = getattr(torchvision.models, name)()
+        if hidden is not None:
+            sizes = {0: (512 * 7 * 7, hidden), 3: (hidden, hidden), 6: (hidden, 1000)}
+            for place, size in sizes.items():
+                module.classifier[place] = nn.Linear(*size)
     module = module.to(torch.float64).to_empty(device="cpu")
     generator = torch.Generator().manual_seed(0)
     for place, tensor in module.state_dict().items():
@@ -70,8 +115,7 @@ def make_module(name: str) -> nn.Module:
 @pytest.mark.parametrize("name", CONSTRUCTORS)
 def test_equals_torchvision(name):
     case = CONSTRUCTORS[name]
-    module = make_module(name)
-    model = getattr(models, name)(**case.still)
+    module, model = make_module(name, case.hidden), case.model(name)
     params = model.from_torchvision(module)
     x = random.normal(KEY, (2, 3, case.size, case.size), dtype=torch.float64)
     with torch.no_grad():

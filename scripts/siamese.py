@@ -1,0 +1,401 @@
+"""One-shot recognition of handwritten characters, learned from one small set of alphabets.
+
+An embedding is trained on one of Omniglot's two "minimal" sets (five alphabets of 20 drawers each)
+and tried on alphabets it has never seen: given one drawing of each of 20 characters by one person,
+which of them did another person draw (Lake et al. 2015)? Run it with ``uv run scripts/siamese.py``;
+``--help`` lists the flags. ``--embed FOLDER`` embeds images with a file that an earlier run saved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import einsum, rearrange, repeat
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from tensordict import TensorDict
+from torch import Tensor
+from torch.func import grad
+from torchvision.datasets.omniglot import Omniglot as Downloads
+from torchvision.datasets.utils import download_url
+
+import funcnets
+from funcnets import data, layers, losses, metrics, models, optim, random, tree
+
+SETS = ("small1", "small2")
+SIZE, WIDTH, FEATURES = 32, 32, 256
+CLASSES, SAMPLES, TEMPERATURE = 32, 4, 1 / 16
+
+# The symmetries of the square, as matrices [8, 2, 2]: quarter turns, and those of the mirror image.
+TURN, MIRROR = torch.tensor([[0.0, -1.0], [1.0, 0.0]]), torch.diag(torch.tensor([-1.0, 1.0]))
+SYMMETRIES = torch.stack(
+    [torch.linalg.matrix_power(TURN, n) @ side for side in (torch.eye(2), MIRROR) for n in range(4)]
+)
+
+
+# The encoder: from views [batch, 1, 32, 32] to embeddings [batch, 256].
+
+
+def init_encoder(key: random.Key) -> TensorDict:
+    """A small residual network whose last map is not averaged: where a stroke is counts."""
+    keys = random.split(key, 5).unbind()
+    widths = [WIDTH * 2**i for i in range(4)]
+    tree = {
+        f"layer{i}": layers.init_residual_block(keys[i], widths[i - 1], widths[i])
+        for i in (1, 2, 3)
+    }
+    tree["stem"] = layers.init_conv_norm(keys[0], 1, WIDTH)
+    tree["head"] = layers.init_linear(keys[4], widths[-1] * (SIZE // 8) ** 2, FEATURES)
+    tree["norm"] = layers.init_batch_norm(keys[4], FEATURES, affine=False)
+    return TensorDict(tree)
+
+
+def encode(params: TensorDict, x: Tensor, *, train: bool = False, key: Any = None) -> Any:
+    """Embeddings of views; in training with the new running statistics."""
+    new = {}
+    with torch.autocast(x.device.type, torch.bfloat16):
+        x = x.to(memory_format=torch.channels_last)
+        x, new["stem"] = layers.with_buffers(layers.conv_norm, params["stem"], x, train=train)
+        for i in (1, 2, 3):
+            name = f"layer{i}"
+            x, new[name] = layers.with_buffers(
+                layers.residual_block, params[name], x, stride=2, train=train
+            )
+        x = layers.linear(params["head"], rearrange(x, "b c h w -> b (c h w)"))
+    x, new["norm"] = layers.with_buffers(layers.batch_norm, params["norm"], x.float(), train=train)
+    return layers.finish(x, new, train)
+
+
+model = models.siamese(funcnets.Model(init_encoder, encode), normalize=True)
+
+
+# Drawings, and how they are looked at.
+
+
+class Drawings(NamedTuple):
+    """Ink, and the square that just holds it, in the coordinates of `grid_sample` (-1 to 1)."""
+
+    ink: Tensor  # [n, 1, height, width]
+    centre: Tensor  # [n, 2], x and y
+    half: Tensor  # [n], half the side
+
+    def at(self, chosen: Any) -> Drawings:
+        """Some of the drawings."""
+        return Drawings(*(column[chosen] for column in self))
+
+
+def drawings_of(ink: Tensor) -> Drawings:
+    """Of ink [n, 1, side, side], from 0 to 1; blurred, as `look` will make it smaller."""
+    side = ink.shape[-1]
+    inked = rearrange((ink > 0.5).float(), "n 1 h w -> n h w")
+    edges = []
+    for profile in (inked.amax(1), inked.amax(2)):  # over rows: x, over columns: y
+        first, last = profile.argmax(1), side - 1 - profile.flip(1).argmax(1)
+        edges.append(torch.stack([first, last], 1))
+    first, last = torch.stack(edges, 1).float().unbind(-1)  # [n, 2] each
+    half = ((last - first).amax(1) / side).clamp(min=0.3) * 1.25
+    sigma = 0.36 * side / SIZE
+    reach = math.ceil(3 * sigma)
+    bell = torch.exp(-(torch.arange(-reach, reach + 1) ** 2) / (2 * sigma**2))
+    bell = bell / bell.sum()
+    blurred = [
+        F.conv2d(
+            F.conv2d(part, rearrange(bell, "w -> 1 1 1 w"), padding=(0, reach)),
+            rearrange(bell, "h -> 1 1 h 1"),
+            padding=(reach, 0),
+        )
+        for part in ink.split(256)
+    ]
+    ink = torch.cat(blurred)
+    dark = rearrange(ink, "n 1 h w -> n (h w)").quantile(0.985, dim=1).clamp(min=0.05)
+    ink = (ink / rearrange(dark, "n -> n 1 1 1")).clamp(max=1.3)
+    return Drawings(ink, (first + last + 1) / side - 1, half)
+
+
+AXIS = (torch.arange(SIZE) + 0.5) * 2 / SIZE - 1
+GRID = torch.stack(torch.meshgrid(AXIS, AXIS, indexing="xy"), -1)  # [SIZE, SIZE, 2]
+
+
+def look(drawings: Drawings, matrix: Tensor, bent: Tensor | float = 0.0) -> Tensor:
+    """Views [n, 1, SIZE, SIZE] of the drawings under linear maps [n, 2, 2] of a (bent) grid."""
+    ink, centre, half = drawings
+    grid = einsum(GRID + bent, matrix, "... h w j, ... i j -> ... h w i")
+    grid = rearrange(centre, "n j -> n 1 1 j") + rearrange(half, "n -> n 1 1 1") * grid
+    return F.grid_sample(ink, grid, align_corners=False)
+
+
+def linear_maps(key: random.Key, n: int, turn: float, shear: float, scale: float) -> Tensor:
+    """Random maps [n, 2, 2] near the identity: scaling of either axis, shear, rotation."""
+    draws = random.normal(key, (n, 5))
+    angle, slant, both = draws[:, 0] * turn, draws[:, 1] * shear, draws[:, 2:3]
+    zero, one = torch.zeros(n), torch.ones(n)
+
+    def matrices(*entries: Tensor) -> Tensor:
+        return rearrange(torch.stack(entries, 1), "n (i j) -> n i j", i=2)
+
+    rotation = matrices(angle.cos(), -angle.sin(), angle.sin(), angle.cos())
+    sizes = torch.exp(0.6 * scale * (draws[:, 3:] + both))
+    return rotation @ matrices(one, slant, zero, one) * rearrange(sizes, "n j -> n 1 j")
+
+
+def redraw(key: random.Key, drawings: Drawings, matrix: Tensor) -> Tensor:
+    """Views as other hands might have drawn them: tilted, stretched, shifted, and bent."""
+    maps, shift, bend = random.split(key, 3).unbind()
+    n = len(matrix)
+    knots = 0.06 * random.normal(bend, (n, 2, 5, 5))
+    bent = F.interpolate(knots, (SIZE, SIZE), mode="bicubic", align_corners=True)
+    bent = rearrange(bent, "n j h w -> n h w j") + 0.08 * random.normal(shift, (n, 1, 1, 2))
+    return look(drawings, matrix @ linear_maps(maps, n, math.radians(15), 0.2, 0.2), bent)
+
+
+# Training.
+
+
+class State(NamedTuple):
+    """All that changes in training."""
+
+    params: TensorDict
+    buffers: TensorDict
+    average: TensorDict
+    optimizer: Any
+
+
+def make_step(drawings: Drawings, characters: Tensor, optimizer: optim.Optimizer) -> Any:
+    """``step(state, key) -> (state, loss, accuracy)`` over batches of some classes.
+
+    A class is a character as seen in one of the eight symmetries; besides, all its drawings in a
+    batch go through one more map, so that hardly a class is met twice.
+    """
+    seen = repeat(characters * 8, "n -> n s", s=8) + torch.arange(8)
+    groups = data.group(rearrange(seen, "n s -> (n s)"))
+    labels = repeat(torch.arange(CLASSES), "classes -> (classes samples)", samples=SAMPLES)
+
+    def loss(params: TensorDict, buffers: TensorDict, views: Tensor) -> Any:
+        embeddings, buffers = model.apply(tree.merge(params, buffers), views, train=True)
+        value = losses.supervised_contrastive(embeddings, labels, TEMPERATURE)
+        return value, (value, embeddings, buffers)
+
+    def step(state: State, key: random.Key) -> tuple[State, Tensor, Tensor]:
+        batch_key, class_key, redraw_key = random.split(key, 3).unbind()
+        batch = data.balanced(batch_key, groups, CLASSES, SAMPLES)
+        batch = rearrange(batch, "classes samples -> (classes samples)")
+        of_class = linear_maps(class_key, CLASSES, 0.0, 0.25, 0.25)[labels]
+        views = redraw(redraw_key, drawings.at(batch // 8), of_class @ SYMMETRIES[batch % 8])
+        grads, (value, embeddings, buffers) = grad(loss, has_aux=True)(
+            state.params, state.buffers, views
+        )
+        updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
+        params = optim.apply_updates(state.params, updates)
+        average = tree.ema(state.average, tree.merge(params, buffers), 0.99)
+        nearest = (embeddings @ embeddings.mT).fill_diagonal_(-1.0).argmax(1)
+        accuracy = (labels[nearest] == labels).float().mean()
+        return State(params, buffers, average, optimizer_state), value, accuracy
+
+    return step
+
+
+def train(
+    drawings: Drawings, characters: Tensor, steps: int, seed: int
+) -> tuple[TensorDict, np.ndarray]:
+    """The averaged parameters, and loss and accuracy of each batch, [steps, 2]."""
+    init_key, step_key = random.split(random.key(seed)).unbind()
+    schedule = optim.schedules.one_cycle(3e-3, steps, warmup_fraction=0.1)
+    optimizer = optim.adamw(schedule, weight_decay=0.05, where=lambda path, leaf: leaf.ndim > 1)
+    step = make_step(drawings, characters, optimizer)
+    params, buffers = tree.partition(model.init(init_key))
+    state = State(params, buffers, tree.merge(params, buffers), optimizer.init(params))
+    curve = np.zeros((steps, 2))
+    with Progress() as progress:
+        for i in progress.track(range(steps), description="training"):
+            state, *curve[i] = step(state, random.fold_in(step_key, i))
+    return state.average, curve
+
+
+# What the embedding is good for.
+
+
+def embeddings_of(params: TensorDict, drawings: Drawings) -> Tensor:
+    """Embeddings [n, 8 * 256] of length one: those of the eight symmetries, side by side."""
+
+    def parts() -> Iterator[Tensor]:
+        for start in range(0, len(drawings.half), 256):
+            part = drawings.at(slice(start, start + 256))
+            views = [look(part, matrix.expand(len(part.half), 2, 2)) for matrix in SYMMETRIES]
+            yield torch.cat(model.apply(params, *views), dim=1) / len(SYMMETRIES) ** 0.5
+
+    return torch.cat(list(parts()))
+
+
+def embed(file: str | Path, folder: str | Path) -> tuple[tuple[str, ...], Tensor]:
+    """Names and embeddings [n, 2048] of all images of a folder (or zip file), with a saved file.
+
+    Images are dark on a light ground, of any size. The embeddings have length one; the nearer two
+    are, the more likely they show one character.
+    """
+    _, params = funcnets.load(file, model)
+    found = data.image_folder(folder, size=(105, 105))
+    return found.names, embeddings_of(params, drawings_of(1 - found.images))
+
+
+class Trials(NamedTuple):
+    """The runs of the one-shot test: 20 drawings to tell apart, each one's match among 20."""
+
+    tests: Tensor  # [runs, 20], places among all drawings
+    given: Tensor  # [runs, 20], by another drawer, in the same order
+    distances: Tensor  # [runs, 20 tests, 20 given]
+
+    @property
+    def wrong(self) -> Tensor:
+        """[runs, 20]: where another character's drawing is nearest."""
+        return self.distances.argmin(2) != torch.arange(self.distances.shape[2])
+
+
+def try_out(
+    params: TensorDict, held: data.Omniglot, name: str, runs: int, key: random.Key
+) -> Trials:
+    """Runs as those of Lake et al. 2015: one alphabet, 20 of its characters, two drawers."""
+    within = (held.alphabets == held.alphabet_names.index(name)).nonzero().flatten()
+    order = within[(held.characters[within] * 20 + held.drawers[within]).argsort()]
+    embeddings = embeddings_of(params, drawings_of(held.images[order]))
+    tests, given = [], []
+    for run_key in random.split(key, runs).unbind():
+        drawer_key, character_key = random.split(run_key).unbind()
+        chosen = random.permutation(character_key, len(order) // 20)[:20]
+        first, second = random.permutation(drawer_key, 20)[:2]
+        tests.append(chosen * 20 + first)
+        given.append(chosen * 20 + second)
+    pairs = zip(tests, given, strict=True)
+    distances = [losses.pairwise_distances(embeddings[a], embeddings[b]) for a, b in pairs]
+    return Trials(order[torch.stack(tests)], order[torch.stack(given)], torch.stack(distances))
+
+
+def unseen_alphabets(known: data.Omniglot, other: data.Omniglot) -> list[str]:
+    """Those that only the other has, of 20 characters or more (Tagalog has 17)."""
+    sizes = collections.Counter(name.partition("/")[0] for name in other.character_names)
+    return [n for n, size in sizes.items() if size >= 20 and n not in known.alphabet_names]
+
+
+def draw(
+    path: Path, curve: np.ndarray, curves: dict[str, metrics.Roc], trials: Trials, ink: Tensor
+) -> None:
+    """The learning curve, the verification of pairs, and the pairs most wrongly told apart."""
+    figure = plt.figure(figsize=(14, 4.2), layout="constrained")
+    left, middle, right = figure.subfigures(1, 3)
+
+    axes = left.subplots()
+    window = max(1, len(curve) // 100)
+    smooth = curve[: len(curve) // window * window].reshape(-1, window, 2).mean(1)
+    steps = (np.arange(len(smooth)) + 0.5) * window
+    axes.plot(steps, smooth[:, 0], color="tab:blue")
+    axes.set(xlabel="step", ylabel="loss", title="training batches")
+    other = axes.twinx()
+    other.plot(steps, 100 * (1 - smooth[:, 1]), color="tab:orange")
+    other.set(ylabel="nearest is of another class / %", yscale="log")
+
+    axes = middle.subplots()
+    for name, roc in curves.items():
+        rate = 100 * metrics.equal_error_rate(roc).rate
+        rates = 100 * roc.false_accept, 100 * (1 - roc.true_accept)
+        axes.plot(*rates, label=f"{name}: equal error {rate:.1f} %")
+    axes.plot([0.1, 100], [0.1, 100], color="black", lw=0.5, ls="--")
+    axes.set(xlabel="false accepts / %", ylabel="false rejects / %", title="same character?")
+    axes.set(xscale="log", yscale="log", xlim=(0.1, 100), ylim=(0.1, 100))
+    axes.legend(fontsize=8)
+
+    right.suptitle("nearest, yet wrong: drawn, the true one, the one taken", fontsize=10)
+    own = rearrange(torch.diagonal(trials.distances, dim1=1, dim2=2), "r t -> (r t)")
+    nearest, taken = rearrange(trials.distances, "r t g -> (r t) g").min(1)
+    tests, given = trials.tests.flatten(), trials.given.flatten()
+    rows: dict[tuple[int, int], int] = {}
+    for place in (own - nearest).argsort(descending=True).tolist():
+        run = place // trials.given.shape[1] * trials.given.shape[1]
+        if own[place] > nearest[place]:
+            pair = int(tests[place]), int(given[run + taken[place]])
+            rows.setdefault(pair, int(given[place]))
+        if len(rows) == 8:
+            break
+    grid = right.subplots(4, 6, squeeze=False)
+    for axes in grid.flat:
+        axes.axis("off")
+    for i, ((test, mistaken), true) in enumerate(rows.items()):
+        for j, drawing in enumerate((test, true, mistaken)):
+            grid[i // 2, 3 * (i % 2) + j].imshow(ink[drawing, 0], cmap="gray_r")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def read(folder: Path, name: str) -> data.Omniglot:
+    """One of the small sets, downloaded where it is not there."""
+    file = f"images_background_{name}.zip"
+    if not (folder / file).exists():
+        download_url(f"{Downloads.download_url_prefix}/{file}", folder)
+    return data.omniglot(folder / file)
+
+
+def main() -> None:
+    """Trains, tries, draws and saves; or embeds a folder."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, default=Path("outputs/omniglot"), help="of the zips")
+    parser.add_argument("--train-set", choices=SETS, default="small1")
+    parser.add_argument("--steps", type=int, default=5000, help="of training")
+    parser.add_argument("--runs", type=int, default=400, help="of the test, for each alphabet")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=Path("outputs/siamese"))
+    parser.add_argument("--embed", type=Path, help="a folder of images to embed instead")
+    flags = parser.parse_args()
+    console = Console()
+    file = flags.output / f"{flags.train_set}.safetensors"
+    if flags.embed is not None:
+        names, embeddings = embed(file, flags.embed)
+        target = flags.output / f"{flags.embed.name}.npz"
+        np.savez(target, names=names, embeddings=embeddings)
+        console.print(f"{len(names)} embeddings of {flags.embed} in {target}")
+        return
+
+    known = read(flags.data, flags.train_set)
+    other = read(flags.data, SETS[1 - SETS.index(flags.train_set)])
+    begin = time.perf_counter()
+    params, curve = train(drawings_of(known.images), known.characters, flags.steps, flags.seed)
+    minutes = (time.perf_counter() - begin) / 60
+    flags.output.mkdir(parents=True, exist_ok=True)
+    record = {"train_set": flags.train_set, "steps": flags.steps, "seed": flags.seed}
+    funcnets.save(file, params, metadata=record)
+
+    trials = {}
+    for i, name in enumerate(unseen_alphabets(known, other)):
+        trials[name] = try_out(params, other, name, flags.runs, random.fold_in(random.key(1), i))
+    trials["all"] = Trials(*(torch.cat(columns) for columns in zip(*trials.values(), strict=True)))
+    table = Table(title=f"trained on {flags.train_set} for {minutes:.1f} min; alphabets never seen")
+    for column in ("alphabet", "runs", "20-way error %", "standard error", "equal error %"):
+        table.add_column(column, justify="left" if column == "alphabet" else "right")
+    curves = {}
+    for name, found in trials.items():
+        errors = found.wrong.float().mean(1)
+        same = torch.eye(20).expand_as(found.distances)
+        curves[name] = metrics.roc(found.distances.flatten(), same.flatten())
+        equal = metrics.equal_error_rate(curves[name]).rate
+        cells = 100 * torch.stack([errors.mean(), errors.std() / len(errors) ** 0.5, equal])
+        style = "bold" if name == "all" else None
+        table.add_row(name, str(len(errors)), *(f"{x:.2f}" for x in cells), style=style)
+    console.print(table)
+    console.print("people: 4.5 % (Lake et al. 2015)")
+    draw(flags.output / f"{flags.train_set}.png", curve, curves, trials["all"], other.images)
+    console.print(f"embedding and figure in {flags.output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""scripts/siamese.py on real data, for a few steps; and what its views and trials are."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from funcnets import data, random
+from funcnets.serialization import read_metadata
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "siamese.py"
+DATA = os.environ.get("FUNCNETS_DATA")
+
+needs_data = pytest.mark.skipif(DATA is None, reason="needs Omniglot in FUNCNETS_DATA")
+
+
+@pytest.fixture(scope="module")
+def script():
+    return SimpleNamespace(**runpy.run_path(str(SCRIPT), run_name="siamese"))
+
+
+@needs_data
+def test_a_few_steps_and_what_is_saved(script, tmp_path, monkeypatch, capsys):
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--output", str(tmp_path), *arguments])
+        script.main()
+        return capsys.readouterr().out
+
+    flags = ["--data", f"{DATA}/omniglot", "--train-set", "small2", "--steps", "2", "--runs", "3"]
+    printed = run(*flags)
+    for alphabet in ("Balinese", "Early_Aramaic", "Korean", "all"):
+        assert alphabet in printed
+    for known in ("Greek", "Latin", "Sanskrit"):
+        assert known not in printed
+    assert (tmp_path / "small2.png").read_bytes().startswith(b"\x89PNG")
+    file = tmp_path / "small2.safetensors"
+    assert read_metadata(file) == {"train_set": "small2", "steps": 2, "seed": 0}
+
+    folder = tmp_path / "images"
+    folder.mkdir()
+    pixels = np.full((60, 90), 255, dtype=np.uint8)
+    pixels[20:40, 30:35] = 0
+    Image.fromarray(pixels).save(folder / "b.png")
+    Image.fromarray(pixels[::-1]).save(folder / "a.png")
+    Image.fromarray(np.roll(pixels, 9, axis=1)).save(folder / "c.png")
+    names, embeddings = script.embed(file, folder)
+    assert names == ("a.png", "b.png", "c.png")
+    torch.testing.assert_close(embeddings.norm(dim=1), torch.ones(3))
+    torch.testing.assert_close(embeddings[1], embeddings[2], atol=0.05, rtol=0)  # shifted
+    assert "3 embeddings of" in run("--train-set", "small2", "--embed", str(folder))
+    saved = np.load(tmp_path / "images.npz")
+    assert saved["names"].tolist() == list(names)
+    np.testing.assert_array_equal(saved["embeddings"], embeddings.numpy())
+
+
+@needs_data
+def test_trials_are_of_one_alphabet_and_two_drawers(script):
+    held = data.omniglot(Path(DATA, "omniglot", "images_background_small1.zip"))
+    params = script.model.init(random.key(0))
+    found = script.try_out(params, held, "Early_Aramaic", runs=5, key=random.key(1))
+    assert found.distances.shape == (5, 20, 20)
+    for tests, given, distances, wrong in zip(
+        found.tests, found.given, found.distances, found.wrong, strict=True
+    ):
+        assert {held.character_names[c].split("/")[0] for c in held.characters[tests]} == {
+            "Early_Aramaic"
+        }
+        assert torch.equal(held.characters[tests], held.characters[given])
+        assert len(held.characters[tests].unique()) == 20
+        drawers = held.drawers[tests].unique(), held.drawers[given].unique()
+        assert len(drawers[0]) == len(drawers[1]) == 1
+        assert drawers[0] != drawers[1]
+        assert torch.equal(wrong, distances.argmin(1) != torch.arange(20))
+    ink = held.images[torch.cat([found.tests[0, :3], found.given[0, :2]])]
+    embeddings = script.embeddings_of(params, script.drawings_of(ink))
+    distances = torch.cdist(embeddings[:3], embeddings[3:])
+    torch.testing.assert_close(distances, found.distances[0, :3, :2], atol=0.02, rtol=0)
+
+
+@needs_data
+def test_alphabets_never_seen(script):
+    sets = [script.read(Path(DATA, "omniglot"), name) for name in ("small1", "small2")]
+    assert script.unseen_alphabets(*sets) == ["Japanese_(katakana)", "Sanskrit"]
+    assert script.unseen_alphabets(*sets[::-1]) == ["Balinese", "Early_Aramaic", "Korean"]
+
+
+def strokes(seed, n=3, side=105):
+    """Ink in a box somewhere: rectangles of no symmetry."""
+    ink = torch.zeros(n, 1, side, side)
+    for i, corner in enumerate(random.randint(random.key(seed), (n, 2), 5, 40).tolist()):
+        down, right = corner
+        ink[i, 0, down : down + 40, right : right + 6] = 1
+        ink[i, 0, down : down + 6, right : right + 25 + 5 * i] = 1
+    return ink
+
+
+def test_views_are_centred_and_fill_the_square(script):
+    drawings = script.drawings_of(strokes(0))
+    plain = torch.eye(2).expand(3, 2, 2)
+    views = script.look(drawings, plain)
+    moved = script.look(script.drawings_of(strokes(1)), plain)
+    torch.testing.assert_close(views, moved, atol=1e-4, rtol=0)  # where it was does not matter
+    columns, rows = ((views[:, 0].amax(axis) > 0.5).float() for axis in (1, 2))
+    for i in range(3):
+        inked = rows[i].nonzero()
+        assert abs(inked.float().mean() - 15.5) <= 1
+        assert 23 <= len(inked) <= 28  # 32 / 1.25
+    assert (columns.sum(1).diff() > 0).all()
+
+
+def test_the_symmetries_are_those_of_the_square(script):
+    drawings = script.drawings_of(strokes(0)[:1])
+    views = [script.look(drawings, matrix[None])[0, 0] for matrix in script.SYMMETRIES]
+    expected = [
+        torch.rot90(side, turns) for side in (views[0], views[0].flip(1)) for turns in range(4)
+    ]
+    for view in views:
+        distances = [(view - other).abs().max() for other in expected]
+        assert min(distances) < 1e-4
+    pairs = [(a - b).abs().max() for i, a in enumerate(views) for b in views[:i]]
+    assert min(pairs) > 0.1
+
+
+def test_redrawing_is_a_function_of_the_key_and_keeps_the_drawing(script):
+    drawings = script.drawings_of(strokes(0))
+    plain = torch.eye(2).expand(3, 2, 2)
+    first, again, other = (script.redraw(random.key(seed), drawings, plain) for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    views = script.look(drawings, plain)
+    for changed in (first, other):
+        assert 0.02 < (changed - views).abs().mean() < 0.3
+    assert (first - other).abs().mean() > 0.02
