@@ -1,8 +1,10 @@
 """Purely functional neural networks for PyTorch: parameter trees and pure functions."""
 
-from funcnets import layers, losses, models, optim, random, tree
+from funcnets import data, layers, losses, metrics, models, optim, random, tree
 from funcnets.compile import compile
 from funcnets.control import cond, remat, route, scan, switch, while_loop
+from funcnets.gradients import grad, grad_and_value
+from funcnets.growth import grow
 from funcnets.model import Model
 from funcnets.serialization import load, save
 
@@ -12,9 +14,14 @@ __all__ = [
     "Model",
     "compile",
     "cond",
+    "data",
+    "grad",
+    "grad_and_value",
+    "grow",
     "layers",
     "load",
     "losses",
+    "metrics",
     "models",
     "optim",
     "random",

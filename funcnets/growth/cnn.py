@@ -41,7 +41,7 @@ def _add(params: Any, fresh: Any) -> Any:
                 made[i] = params["features", block, i]
                 continue
             weight = torch.zeros_like(layer["0", "weight"])
-            middle = (slice(None), slice(None), *(size // 2 for size in weight.shape[2:]))
+            middle: Any = (slice(None), slice(None), *(size // 2 for size in weight.shape[2:]))
             weight[middle] = torch.eye(len(weight), dtype=weight.dtype)
             made[i] = {"0": identity_layer(layer["0"], weight)}
             if "1" in layer:

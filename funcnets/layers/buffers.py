@@ -17,6 +17,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from tensordict import TensorDict
+from torch import Tensor
+
+from funcnets import tree
+from funcnets.tree.flatten import tensordict
 
 
 def with_buffers(
@@ -48,17 +52,18 @@ def finish(outputs: Any, buffers: Mapping[str, Any], train: bool) -> Any:
     >>> finish("outputs", {"bn1": None}, train=True)[1].is_empty()
     True
     """
-    return (outputs, TensorDict(_without_empty(buffers))) if train else outputs
+    if not train:
+        return outputs
+    held = _without_empty(buffers)
+    return outputs, TensorDict({}) if held is None else held
 
 
-def _without_empty(buffers: Mapping[str, Any]) -> dict[str, Any]:
-    held = {
-        name: _without_empty(value) if isinstance(value, Mapping) else value
-        for name, value in buffers.items()
-        if value is not None
-    }
-    return {
-        name: value
-        for name, value in held.items()
-        if not (isinstance(value, (dict, TensorDict)) and not len(value.keys()))
-    }
+def _without_empty(buffers: Mapping[str, Any]) -> TensorDict | None:
+    """The tree of what there is, None where there is nothing."""
+    held = {}
+    for name, value in buffers.items():
+        if type(value) is dict:
+            value = _without_empty(value)
+        if value is not None and (isinstance(value, Tensor) or tree.leaves(value)):
+            held[name] = value
+    return tensordict(held) if held else None

@@ -17,6 +17,7 @@ from funcnets import random
 from funcnets.layers.initializers import Initializer, ones, zeros
 from funcnets.layers.params import check_dtype, check_positive, entries, fail, shape
 from funcnets.random import Key
+from funcnets.tree.flatten import tensordict
 
 
 def init_batch_norm(
@@ -371,22 +372,17 @@ def _normalize(
     # and 2.15.
     outputs, mean, inverse_std = torch._native_batch_norm_legit(x, weight, bias, True, 0.0, eps)
     count = math.prod(x.shape) // x.shape[1]
-    var = (inverse_std**-2 - eps).clamp(min=0)
-    return outputs, mean, var * (count / (count - 1))
+    var = (inverse_std.detach() ** -2 - eps).clamp(min=0)
+    return outputs, mean.detach(), var * (count / (count - 1))
 
 
 def _new_statistics(
     mean: Tensor, var: Tensor, batch_mean: Tensor, batch_var: Tensor, momentum: float
 ) -> TensorDict:
-    return TensorDict(
-        {
-            name: torch.lerp(old.detach(), new.to(old.dtype), momentum)
-            for name, old, new in (
-                ("running_mean", mean, batch_mean),
-                ("running_var", var, batch_var),
-            )
-        }
-    )
+    old = mean.detach(), var.detach()
+    new = batch_mean.to(mean.dtype), batch_var.to(var.dtype)
+    means, variances = (torch.lerp(a, b, momentum) for a, b in zip(old, new, strict=True))
+    return tensordict({"running_mean": means, "running_var": variances})
 
 
 def _sizes(normalized_shape: int | Sequence[int]) -> tuple[int, ...]:

