@@ -75,10 +75,15 @@ def grad_and_value(
             structures.append((structure, len(tracked)))
         with torch.enable_grad():
             result = f(*given, **kwargs)
-        value, aux = result if has_aux else (result, None)
-        if not isinstance(value, Tensor) or value.ndim or not value.requires_grad:
-            # The messages for what is no loss, and the zeros where it depends on nothing, are
-            # torch's.
+        pair = isinstance(result, tuple) and len(result) == 2
+        value, aux = result if has_aux and pair else (result, None)
+        if (
+            pair != has_aux
+            or not isinstance(value, Tensor)
+            or value.ndim
+            or not value.requires_grad
+        ):
+            # torch says what is wrong with it, and gives zeros where it depends on no argument.
             return torch.func.grad_and_value(f, argnums, has_aux)(*args, **kwargs)
         rest = iter(torch.autograd.grad(value, leaves, materialize_grads=True))
         gradients = tuple(

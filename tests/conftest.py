@@ -12,6 +12,7 @@ if not UNCHECKED:
 
     install_import_hook("funcnets", "beartype.beartype")
 
+import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
@@ -41,3 +42,12 @@ def _global_generator_untouched():
     yield
     # Tests that build torch.nn references draw from it themselves, inside torch.random.fork_rng.
     assert torch.equal(before, torch.get_rng_state()), "the global generator was advanced"
+
+
+@pytest.fixture
+def unchecked():
+    """Signatures unchecked, as for a user: an argument of a wrong type meets our own errors."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)

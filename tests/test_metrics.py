@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -12,15 +11,6 @@ from sklearn.metrics import roc_auc_score, roc_curve
 from torch.func import vmap
 
 from funcnets import metrics, random
-
-
-@pytest.fixture
-def unchecked():
-    """Signatures unchecked, as for a user: an argument of a wrong type meets our own errors."""
-    before = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", before)
 
 
 @st.composite

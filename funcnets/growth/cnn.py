@@ -12,6 +12,7 @@ from funcnets.growth.family import (
     Axes,
     Family,
     check_identity,
+    check_norm,
     identity_layer,
     identity_norm,
     vectors,
@@ -28,6 +29,8 @@ def _deeper(old: Config, new: Config) -> Config:
         raise ValueError(f"grow: cnn: depth: expected {old.depth} or more, got {new.depth}")
     if new.depth > old.depth:
         check_identity("cnn", old.norm, old.activation)
+    if new.widths[: len(old.widths)] != old.widths:
+        check_norm("cnn", old.norm)
     return dataclasses.replace(old, depth=new.depth)
 
 

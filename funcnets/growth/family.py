@@ -57,13 +57,16 @@ def identity_norm(norm: Any) -> dict[str, Tensor]:
 
 def check_identity(family: str, norm: str | None, activation: str) -> None:
     """Raises unless layers with this norm and activation can be the identity."""
-    _choice(family, "norm", norm, (None, "batch"))
-    _choice(family, "activation", activation, ("relu", "identity"))
+    _choice(family, "norm", norm, (None, "batch"), "to add layers")
+    _choice(family, "activation", activation, ("relu", "identity"), "to add layers")
 
 
-def _choice(family: str, name: str, value: Any, choices: Sequence[Any]) -> None:
+def check_norm(family: str, norm: str | None) -> None:
+    """Raises unless the norm treats every unit by itself, so that units can be copied."""
+    _choice(family, "norm", norm, (None, "batch"), "to widen")
+
+
+def _choice(family: str, name: str, value: Any, choices: Sequence[Any], aim: str) -> None:
     if value not in choices:
         known = ", ".join(map(repr, choices))
-        raise ValueError(
-            f"grow: {family}: {name}: expected one of {known} to add layers, got {value!r}"
-        )
+        raise ValueError(f"grow: {family}: {name}: expected one of {known} {aim}, got {value!r}")

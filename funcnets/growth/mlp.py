@@ -12,6 +12,7 @@ from funcnets.growth.family import (
     Axes,
     Family,
     check_identity,
+    check_norm,
     identity_layer,
     identity_norm,
     vectors,
@@ -27,6 +28,8 @@ def _deeper(old: Config, new: Config) -> Config:
         raise ValueError("grow: mlp: widths: expected a hidden layer to add others to, got none")
     if more:
         check_identity("mlp", old.norm, old.activation)
+    if new.widths[: len(old.widths)] != old.widths:
+        check_norm("mlp", old.norm)
     return dataclasses.replace(old, widths=(*old.widths, *old.widths[-1:] * more))
 
 

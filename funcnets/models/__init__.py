@@ -40,6 +40,7 @@ from funcnets.models.mobilenet_v3 import (
     mobilenet_v3_small,
 )
 from funcnets.models.multimodal import multimodal
+from funcnets.models.residual_mlp import residual_mlp
 from funcnets.models.resnet import (
     resnet,
     resnet18,
@@ -100,6 +101,7 @@ __all__ = [
     "mobilenet_v3_large",
     "mobilenet_v3_small",
     "multimodal",
+    "residual_mlp",
     "resnet",
     "resnet18",
     "resnet34",

@@ -74,7 +74,7 @@ class Config:
 
 def residual_mlp(
     in_features: int,
-    heads: int | Mapping[str, int],
+    heads: int | Mapping[str, int] | tuple[tuple[str, int], ...],
     width: int = 128,
     depth: int = 4,
     *,
@@ -118,7 +118,7 @@ def residual_mlp(
     """
     config = Config(
         in_features,
-        heads if isinstance(heads, int) else tuple(heads.items()),
+        heads if isinstance(heads, int) else tuple(dict(heads).items()),
         width,
         depth,
         expansion,

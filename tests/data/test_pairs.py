@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 
-import jaxtyping
 import pytest
 import torch
 from hypothesis import given
@@ -12,16 +11,6 @@ from hypothesis import strategies as st
 from torch.func import vmap
 
 from funcnets import data, random
-
-
-@pytest.fixture
-def unchecked():
-    """Signatures unchecked, as for a user: an argument of a wrong type meets our own errors."""
-    before = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", before)
-
 
 SEEDS = st.integers(0, 999)
 label_lists = st.lists(st.sampled_from([-3, 0, 1, 7]), min_size=3, max_size=12)

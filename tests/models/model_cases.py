@@ -14,6 +14,7 @@ import torch
 from hypothesis import strategies as st
 from multimodal_reference import Attention, Gate, Multimodal
 from references import RESIDUAL_BLOCKS
+from residual_mlp_reference import ResidualMLP
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models.densenet import _DenseBlock, _Transition
@@ -354,6 +355,13 @@ def multimodal(
 sizes = st.integers(1, 4)
 
 
+def residual_mlp(n: int = 3, m: Any = 2, batch: tuple[int, ...] = (4,), **options: Any) -> Case:
+    model = models.residual_mlp(n, m, **options)
+    config = model.config
+    draws = config.depth > 0 and (config.dropout > 0 or config.stochastic_depth > 0)
+    return Case(model, ((*batch, n),), partial(ResidualMLP, config), draws)
+
+
 @st.composite
 def mlps(draw: Any) -> Case:
     norm = draw(st.sampled_from(list(MLP_NORMS)))
@@ -369,6 +377,25 @@ def mlps(draw: Any) -> Case:
         activation=draw(st.sampled_from(list(ACTIVATIONS))),
         norm=norm,
         bias=draw(st.booleans()),
+    )
+
+
+@st.composite
+def residual_mlps(draw: Any) -> Case:
+    depth = draw(st.integers(0, 3))
+    share = draw(st.sampled_from(["none", "stacked", "all"]))
+    kinds = st.sampled_from(["mlp", "glu"])
+    each = st.lists(kinds, min_size=depth, max_size=depth).map(tuple)
+    return residual_mlp(
+        draw(sizes),
+        draw(sizes | st.just({"first": 2, "second": 1})),
+        draw(st.lists(sizes, max_size=2).map(tuple)),
+        width=draw(st.integers(2, 4)),
+        depth=depth,
+        expansion=draw(st.integers(1, 2)),
+        block=draw(kinds | each if share == "none" else kinds),
+        share=share,
+        activation=draw(st.sampled_from(["silu", "tanh"])),
     )
 
 
@@ -487,6 +514,11 @@ CASES: dict[str, Case] = {
     "mlp_batch": mlp(widths=(5, 4), norm="batch", dropout=0.4),
     "mlp_layer": mlp(widths=(5,), norm="layer", activation="tanh", bias=False),
     "mlp_rms": mlp(widths=(5,), norm="rms", activation="silu"),
+    "residual_mlp": residual_mlp(width=4, depth=2, dropout=0.4, stochastic_depth=0.4),
+    "residual_mlp_stacked": residual_mlp(
+        m={"a": 2, "b": 1}, width=4, depth=3, block="glu", share="stacked", dropout=0.4
+    ),
+    "residual_mlp_shared": residual_mlp(width=4, depth=3, share="all", activation="tanh"),
     "cnn": cnn(widths=(2, 4), norm=None, pool="avg", dropout=0.4),
     "cnn_batch": cnn(widths=(2, 4), depth=2, dropout=0.4),
     "cnn_group": cnn(space=(6,), widths=(4,), norm="group", groups=2, kernel_size=5, pool=None),
@@ -530,6 +562,7 @@ CASES: dict[str, Case] = {
 }
 FAMILIES: dict[str, st.SearchStrategy[Case]] = {
     "mlp": mlps(),
+    "residual_mlp": residual_mlps(),
     "cnn": cnns(),
     "resnet": resnets(),
     "densenet": densenets(),
