@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
+import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -113,7 +114,12 @@ def bind(family: str, config: Any, init: Callable[..., Any], forward: Callable[.
         options = {"taps": taps} if taps else {}
         return forward(params, *inputs, config=config, train=train, key=key, **options)
 
-    return Model(init=bound_init, apply=apply, family=family, config=config)
+    # A code object of its own, for Dynamo gives up on one that it has compiled in many ways.
+    own = types.FunctionType(
+        apply.__code__.replace(), apply.__globals__, family, apply.__defaults__, apply.__closure__
+    )
+    own.__kwdefaults__ = apply.__kwdefaults__
+    return Model(init=bound_init, apply=own, family=family, config=config)
 
 
 def parameter_specs(init: Callable[[random.Key], Any]) -> Any:

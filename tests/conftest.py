@@ -31,6 +31,8 @@ def pytest_collection_modifyitems(config, items):
     wanted = [(item.get_closest_marker("dynamo") is not None) == UNCHECKED for item in items]
     left_out = [item for item, want in zip(items, wanted, strict=True) if not want]
     items[:] = [item for item, want in zip(items, wanted, strict=True) if want]
+    # The longest first, or one worker would be left alone with it at the end.
+    items.sort(key=lambda item: item.path.name != "test_dynamo.py")
     if left_out:
         config.hook.pytest_deselected(items=left_out)
 

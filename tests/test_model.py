@@ -204,3 +204,12 @@ def test_equality_is_that_of_family_and_configuration(model):
     assert own != Model(init=init, apply=init)
     assert own != model
     assert model != "toy"
+
+
+@pytest.mark.dynamo
+def test_more_models_than_dynamo_compiles_of_one_code_object():
+    for width in range(1, 12):
+        model = bind("toy", Config(width), init, forward)
+        params = model.init(random.key(0))
+        compiled = torch.compile(model.apply, fullgraph=True, backend="eager")
+        assert torch.equal(compiled(params, X), model.apply(params, X))

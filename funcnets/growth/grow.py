@@ -111,7 +111,8 @@ def _copies(key: random.Key, before: int, after: int) -> tuple[Tensor, Tensor]:
     added = random.randint(choice_key, (after - before,), 0, before)
     origin = torch.cat([torch.arange(before, device=key.device), added])
     part = random.uniform(share_key, (after,), 0.5, 1.5, dtype=torch.float64)
-    total = torch.zeros(before, dtype=part.dtype, device=key.device).index_add(0, origin, part)
+    zeros = torch.zeros(before, dtype=part.dtype, device=key.device)
+    total = zeros.index_add(0, origin, part)
     # Exactly one where nothing was copied.
-    count = torch.bincount(origin, minlength=before)[origin]
+    count = zeros.index_add(0, origin, torch.ones_like(part))[origin]
     return origin, torch.where(count == 1, 1.0, part / total[origin])
