@@ -29,7 +29,6 @@ from rich.progress import Progress
 from rich.table import Table
 from tensordict import TensorDict
 from torch import Tensor
-from torch.func import grad
 from torchvision.datasets.omniglot import Omniglot as Downloads
 from torchvision.datasets.utils import download_url
 
@@ -195,7 +194,7 @@ def make_step(drawings: Drawings, characters: Tensor, optimizer: optim.Optimizer
         batch = rearrange(batch, "classes samples -> (classes samples)")
         of_class = linear_maps(class_key, CLASSES, 0.0, 0.25, 0.25)[labels]
         views = redraw(redraw_key, drawings.at(batch // 8), of_class @ SYMMETRIES[batch % 8])
-        grads, (value, embeddings, buffers) = grad(loss, has_aux=True)(
+        grads, (value, embeddings, buffers) = funcnets.grad(loss, has_aux=True)(
             state.params, state.buffers, views
         )
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
@@ -351,7 +350,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, default=Path("outputs/omniglot"), help="of the zips")
     parser.add_argument("--train-set", choices=SETS, default="small1")
-    parser.add_argument("--steps", type=int, default=5000, help="of training")
+    parser.add_argument("--steps", type=int, default=6000, help="of training")
     parser.add_argument("--runs", type=int, default=400, help="of the test, for each alphabet")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("outputs/siamese"))
