@@ -23,7 +23,8 @@ class Model:
 
     Attributes:
         init: ``init(key) -> params``.
-        apply: ``apply(params, *inputs, train=False, key=None, taps=())``; the outputs, and with
+        apply: ``apply(params, *inputs, train=False, key=None, taps=())``, the inputs by position
+            or, where the family gives them names, by name; the outputs, and with
             ``train=True`` the pair of the outputs and the new buffers. With ``taps``, names of
             intermediate outputs, the outputs become the pair of them and a dict of those; where
             taps are a mapping, each name may have a function that replaces what flows there.
@@ -106,13 +107,19 @@ def bind(family: str, config: Any, init: Callable[..., Any], forward: Callable[.
         return specs, _sizes(specs)
 
     def apply(
-        params: Any, *inputs: Any, train: bool = False, key: Any = None, taps: TapsLike = ()
+        params: Any,
+        *inputs: Any,
+        train: bool = False,
+        key: Any = None,
+        taps: TapsLike = (),
+        **named: Any,
     ) -> Any:
         # Under Dynamo the check would be traced for nothing: the operators check there.
         if not torch.compiler.is_dynamo_compiling() and not _fits(params, expected()[1]):
             check_parameters(params, expected()[0])
-        options = {"taps": taps} if taps else {}
-        return forward(params, *inputs, config=config, train=train, key=key, **options)
+        if taps:
+            named["taps"] = taps
+        return forward(params, *inputs, config=config, train=train, key=key, **named)
 
     # A code object of its own, for Dynamo gives up on one that it has compiled in many ways.
     own = types.FunctionType(

@@ -16,6 +16,7 @@ from funcnets.models.densenet import (
     densenet169,
     densenet201,
 )
+from funcnets.models.early_exit import early_exit
 from funcnets.models.efficientnet import (
     efficientnet,
     efficientnet_b0,
@@ -31,6 +32,7 @@ from funcnets.models.efficientnet import (
     efficientnet_v2_s,
 )
 from funcnets.models.embedding import embedding
+from funcnets.models.gated import gated
 from funcnets.models.lenet import lenet
 from funcnets.models.mlp import mlp
 from funcnets.models.mobilenet_v2 import mobilenet_v2
@@ -81,6 +83,7 @@ __all__ = [
     "densenet161",
     "densenet169",
     "densenet201",
+    "early_exit",
     "efficientnet",
     "efficientnet_b0",
     "efficientnet_b1",
@@ -94,6 +97,7 @@ __all__ = [
     "efficientnet_v2_m",
     "efficientnet_v2_s",
     "embedding",
+    "gated",
     "lenet",
     "mlp",
     "mobilenet_v2",

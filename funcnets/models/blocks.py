@@ -9,6 +9,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from funcnets import layers, random
+from funcnets.model import Model
 
 Norm = Literal["batch", "group", "layer", "rms"]
 
@@ -44,6 +45,18 @@ def draw_keys(model: str, key: random.Key | None, needed: bool, num: int) -> Any
     if key is None:
         raise ValueError(f"{model}: key: expected a key (dropout in training draws), got None")
     return random.split(key, num).unbind()
+
+
+def num_features(family: str, place: str, model: Model) -> int:
+    """How many features a model within another gives, as its config tells."""
+    for field in ("out_features", "num_classes", "embedding_dim", "heads"):
+        if isinstance(size := getattr(model.config, field, None), int):
+            return size
+    raise ValueError(
+        f"{family}: {place}: expected a model whose config tells its out_features, num_classes or "
+        f"embedding_dim, got {type(model.config).__name__}; "
+        "a model of one's own is Model(init, apply, config=...)"
+    )
 
 
 def check_sizes(model: str, **sizes: int) -> None:

@@ -63,15 +63,7 @@ class Config:
 
     def features(self, name: str) -> int:
         """The size of what the encoder of an input gives."""
-        config = self.encoder(name).config
-        for field in ("out_features", "num_classes", "embedding_dim"):
-            if isinstance(size := getattr(config, field, None), int):
-                return size
-        raise ValueError(
-            f"multimodal: encoders.{name}: expected a model whose config tells its out_features, "
-            f"num_classes or embedding_dim, got {type(config).__name__}; "
-            "a model of one's own is Model(init, apply, config=...)"
-        )
+        return blocks.num_features("multimodal", f"encoders.{name}", self.encoder(name))
 
     @property
     def fused(self) -> int:

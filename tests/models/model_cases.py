@@ -7,10 +7,12 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import convnet_references
 import torch
+from conditional_references import EarlyExit, Gated
 from hypothesis import strategies as st
 from multimodal_reference import Attention, Gate, Multimodal
 from references import RESIDUAL_BLOCKS
@@ -353,6 +355,7 @@ def multimodal(
 
 
 sizes = st.integers(1, 4)
+mlp_norms = st.sampled_from([None, "batch"])
 
 
 def residual_mlp(n: int = 3, m: Any = 2, batch: tuple[int, ...] = (4,), **options: Any) -> Case:
@@ -360,6 +363,28 @@ def residual_mlp(n: int = 3, m: Any = 2, batch: tuple[int, ...] = (4,), **option
     config = model.config
     draws = config.depth > 0 and (config.dropout > 0 or config.stochastic_depth > 0)
     return Case(model, ((*batch, n),), partial(ResidualMLP, config), draws)
+
+
+def gated(base: Case, shallow: Case, deep: Case, size: int, **options: Any) -> Case:
+    """Of cases of one input, without dropout; the gate reads ``size`` features."""
+    model = models.gated(base.model, shallow.model, deep.model, **options)
+
+    def module() -> nn.Module:
+        return Gated(base.module(), shallow.module(), deep.module(), size)
+
+    return Case(model, base.shapes, module, draws=options["gate"] == "gumbel")
+
+
+def early_exit(stages: list[Case], exits: list[Case], threshold: float) -> Case:
+    """Of cases of one input."""
+    parts = [[case.model for case in cases] for cases in (stages, exits)]
+
+    def module() -> nn.Module:
+        made = ([case.module() for case in cases] for cases in (stages, exits))
+        return EarlyExit(*made, threshold)
+
+    draws = any(case.draws for case in [*stages, *exits])
+    return Case(models.early_exit(*parts, threshold), stages[0].shapes, module, draws)
 
 
 @st.composite
@@ -377,6 +402,29 @@ def mlps(draw: Any) -> Case:
         activation=draw(st.sampled_from(list(ACTIVATIONS))),
         norm=norm,
         bias=draw(st.booleans()),
+    )
+
+
+@st.composite
+def gateds(draw: Any) -> Case:
+    size, m, options = draw(st.integers(2, 4)), draw(sizes), {"norm": draw(mlp_norms)}
+    return gated(
+        mlp(3, size, (4,), widths=(2,), **options),
+        mlp(size, m, (4,), widths=()),
+        mlp(size, m, (4,), widths=(3, 2), **options),
+        size,
+        gate="straight_through",
+    )
+
+
+@st.composite
+def early_exits(draw: Any) -> Case:
+    sizes = draw(st.lists(st.integers(2, 3), min_size=2, max_size=4))
+    options = {"norm": draw(mlp_norms)}
+    return early_exit(
+        [mlp(n, m, (4,), widths=(2,), **options) for n, m in pairwise(sizes)],
+        [mlp(m, 3, (4,), widths=()) for m in sizes[1:]],
+        draw(st.sampled_from([0.0, 0.4, 0.6, 1.0])),
     )
 
 
@@ -543,6 +591,21 @@ CASES: dict[str, Case] = {
         for name, options in convnet_references.SMALL.items()
     },
     "siamese": siamese(mlp(widths=(5, 4), norm="batch", dropout=0.4), normalize=True),
+    "gated": gated(
+        mlp(3, 4, widths=(2,), norm="batch"),
+        mlp(4, 2, widths=()),
+        mlp(4, 2, widths=(3,), norm="batch"),
+        4,
+        gate="straight_through",
+    ),
+    "gated_gumbel": gated(
+        mlp(3, 4, widths=()), mlp(4, 2, widths=()), residual_mlp(4, depth=1), 4, gate="gumbel"
+    ),
+    "early_exit": early_exit(
+        [cnn(1, 4, (4, 4), widths=(2,), dropout=0.4), residual_mlp(4, 4, width=3, depth=1)],
+        [mlp(4, 3, widths=()), mlp(4, 3, widths=(4,), dropout=0.4)],
+        0.6,
+    ),
     "embedding": embedding(),
     "embedding_padding": embedding(padding_idx=1),
     "multimodal": multimodal(
@@ -572,6 +635,8 @@ FAMILIES: dict[str, st.SearchStrategy[Case]] = {
         for family, drawn in convnet_references.DRAWN.items()
     },
     "siamese": siameses(),
+    "gated": gateds(),
+    "early_exit": early_exits(),
     "embedding": embeddings(),
     "multimodal": multimodals(),
 }

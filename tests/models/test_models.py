@@ -56,12 +56,17 @@ def sample_of(batch, i):
     return tree.map(lambda leaf: leaf[i], batch)
 
 
+def smooth(outputs):
+    """The outputs that have a gradient."""
+    return [leaf for leaf in tree.leaves(outputs) if leaf.is_floating_point()]
+
+
 def loss_of(case):
     """``loss(params, inputs, key)``: of the training mode, with the new buffers."""
 
     def loss(params, inputs, key):
         outputs, buffers = case.model.apply(params, *inputs, train=True, key=key)
-        return sum((y + 0.3 * y.square()).sum() for y in tree.leaves(outputs)), buffers
+        return sum((y + 0.3 * y.square()).sum() for y in smooth(outputs)), buffers
 
     return loss
 
@@ -85,22 +90,23 @@ def test_equals_the_torch_module(family, train, data, seed):
 
     def outputs_of(params, points):
         outputs = case.model.apply(params, *rebuild(points), train=train)
-        return outputs[0] if train else outputs
+        outputs = outputs[0] if train else outputs
+        return smooth(outputs), outputs
 
     tracked = [x.clone().requires_grad_() for x in points]
     expected = module(*rebuild(tracked))
-    outputs, pull_back = vjp(outputs_of, params, points)
-    close(outputs, tree.map(torch.detach, expected))
+    outputs, pull_back, all_outputs = vjp(outputs_of, params, points, has_aux=True)
+    close(all_outputs, tree.map(torch.detach, expected))
 
-    keys = iter(random.split(random.fold_in(key, 2), len(tree.leaves(outputs))).unbind())
-    cotangent = tree.map(lambda y: random.normal(next(keys), y.shape, dtype=DTYPE), outputs)
-    tree.map(lambda y, g: y.backward(g, retain_graph=True), expected, cotangent)
+    keys = iter(random.split(random.fold_in(key, 2), len(outputs)).unbind())
+    cotangent = [random.normal(next(keys), y.shape, dtype=DTYPE) for y in outputs]
+    tree.map(lambda y, g: y.backward(g, retain_graph=True), smooth(expected), cotangent)
     param_grads, input_grads = pull_back(cotangent)
     close(input_grads, [x.grad for x in tracked])
     wanted = {name: parameter.grad for name, parameter in module.named_parameters()}
     for name, gradient in tree.to_state_dict(param_grads).items():
-        # None for a buffer.
-        close(gradient, wanted.get(name, torch.zeros_like(gradient)))
+        # None for a buffer, and for a path that no sample took.
+        close(gradient, torch.zeros_like(gradient) if wanted.get(name) is None else wanted[name])
     if train:
         buffers = case.model.apply(params, *inputs, train=True)[1]
         close(buffers, tree.partition(tree.from_module(module))[1])
@@ -210,7 +216,7 @@ def test_per_sample_gradients_equal_the_loop(case):
 
     def loss(params, sample):
         outputs = case.model.apply(params, *tree.map(lambda x: x[None], sample))
-        return sum(y.square().sum() for y in tree.leaves(outputs))
+        return sum(y.square().sum() for y in smooth(outputs))
 
     gradients = vmap(grad(loss), (None, 0))(params, inputs)
     for i in range(len(tree.leaves(inputs)[0])):
@@ -250,7 +256,7 @@ def test_plain_torch_compile_forward_and_backward(case):
         def loss(apply, params, points, train=train, rebuild=rebuild):
             outputs = apply(params, *rebuild(points), train=train, key=key)
             outputs = outputs[0] if train else outputs
-            return sum(y.square().sum() for y in tree.leaves(outputs))
+            return sum(y.square().sum() for y in smooth(outputs))
 
         loss(compiled, tracked, tracked_points).backward()
         wanted, wanted_points = grad(partial(loss, model.apply), (0, 1))(params, points)

@@ -80,6 +80,9 @@ def test_one_head_of_several_by_its_name():
     outputs = model.apply(params, X)
     assert list(outputs) == ["kind", "age"]
     assert torch.equal(model.apply(params, X, "age"), outputs["age"])
+    assert torch.equal(model.apply(params, X, head="age"), outputs["age"])
+    with pytest.raises(TypeError, match="heads"):
+        model.apply(params, X, heads="age")
     gradients = grad(lambda p: model.apply(p, X, "age").sum())(params)
     assert not gradients["heads", "kind", "weight"].any()
     assert gradients["heads", "age", "weight"].all()
