@@ -1,0 +1,189 @@
+"""Conditional paths: what it saves to think hard about hard inputs alone, on real digits.
+
+Half of the images are clean digits (scikit-learn's); the others lie under noise and pieces of other
+digits. A network with two exits learns both. Then it is measured: the time of a batch as the share
+of hard samples goes from none to all, each sample going the way of its flag (`funcnets.route`),
+beside the shallow and the deep path for everybody; and the accuracy that a given time buys, as the
+threshold of confidence of the early exit goes from 0 to 1. Run it with
+``uv run scripts/conditional.py``; it takes about a minute.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from tensordict import TensorDict
+from torch import Tensor
+
+from funcnets import Model, grad, layers, models, optim, random, tree
+
+SIDE = 16
+
+
+def trunk(params: TensorDict, x: Tensor, *, train: bool = False, key: Any = None) -> Any:
+    """What both paths begin with: [batch, 1, 16, 16] to [batch, 16, 16, 16]."""
+    return layers.conv_norm(params, x, train=train)
+
+
+def unchanged(params: TensorDict, h: Tensor, *, train: bool = False, key: Any = None) -> Any:
+    """The second stage adds nothing: the deep exit is a network of its own."""
+    return layers.finish(h, {}, train)
+
+
+BASE = Model(init=lambda key: layers.init_conv_norm(key, 1, 16), apply=trunk)
+SHALLOW = models.cnn(in_channels=16, num_classes=10, widths=(24, 48))
+DEEP = models.resnet("basic", (2, 2), 10, in_channels=16, width=32, stem="small")
+EXITS = models.early_exit(
+    [BASE, Model(init=lambda key: TensorDict({}), apply=unchanged)], [SHALLOW, DEEP]
+)
+FLAGGED = models.gated(BASE, SHALLOW, DEEP)
+
+
+def make_images(key: random.Key, digits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Digits [n, 8, 8] enlarged to [n, 1, 16, 16], half of them cluttered; labels, and which."""
+    noise_key, other_key, roll_key, hard_key = random.split(key, 4).unbind()
+    n = len(digits)
+    images = F.interpolate(digits[:, None], size=(SIDE, SIDE), mode="bilinear")
+    other = images[random.randint(other_key, (n,), 0, n)]
+    shift = random.randint(roll_key, (2,), 5, 12).tolist()
+    other = other.roll(shift, (2, 3)) * (torch.arange(SIDE) % 16 < 8)  # half a digit, elsewhere
+    cluttered = torch.maximum(images, 0.8 * other) + 0.35 * random.normal(noise_key, images.shape)
+    hard = random.bernoulli(hard_key, (n,), 0.5)
+    return torch.where(hard[:, None, None, None], cluttered, images), labels, hard
+
+
+def train(digits: Tensor, labels: Tensor, epochs: int, seed: int) -> TensorDict:
+    """The parameters of the network with two exits."""
+    init_key, data_key = random.split(random.key(seed)).unbind()
+    batch = 64
+    steps = epochs * (len(digits) // batch)
+    optimizer = optim.adamw(optim.schedules.one_cycle(3e-3, steps=steps), weight_decay=0.05)
+    params, buffers = tree.partition(EXITS.init(init_key))
+    state = optimizer.init(params)
+
+    def loss(params: TensorDict, buffers: TensorDict, x: Tensor, y: Tensor) -> Any:
+        logits, new = EXITS.apply(tree.merge(params, buffers), x, train=True)
+        return sum(F.cross_entropy(each, y) for each in logits), new
+
+    for epoch in track(range(epochs), description="training"):
+        key = random.fold_in(data_key, epoch)
+        order = random.permutation(key, len(digits))
+        x, y, _ = make_images(key, digits[order], labels[order])
+        for i in range(len(digits) // batch):
+            part = slice(i * batch, (i + 1) * batch)
+            grads, new = grad(loss, has_aux=True)(params, buffers, x[part], y[part])
+            updates, state = optimizer.update(grads, state, params)
+            params, buffers = optim.apply_updates(params, updates), new
+    return tree.merge(params, buffers)
+
+
+def seconds(runs: dict[Any, Callable[[], Any]], rounds: int) -> dict[Any, float]:
+    """The median time of each, run in turn."""
+    times: dict[Any, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds + 1):
+        for name, run in runs.items():
+            begin = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - begin)
+    return {name: statistics.median(found[1:]) for name, found in times.items()}
+
+
+def flagged(params: TensorDict) -> TensorDict:
+    """The same parameters by the names of the network whose paths are told by a flag."""
+    shallow, deep = params["exits", "0"], params["exits", "1"]
+    return TensorDict({"base": params["stages", "0"], "shallow": shallow, "deep": deep})
+
+
+def main() -> None:
+    """Trains, measures and draws."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--batch", type=int, default=256, help="of the measured times")
+    parser.add_argument("--rounds", type=int, default=9, help="of each measurement")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=Path("outputs/conditional"))
+    flags = parser.parse_args()
+    console = Console()
+
+    loaded = load_digits()
+    split = train_test_split(
+        loaded.images, loaded.target, test_size=0.3, stratify=loaded.target, random_state=0
+    )
+    train_x, test_x = (torch.from_numpy(x / 16).float() for x in split[:2])
+    train_y, test_y = (torch.from_numpy(y) for y in split[2:])
+    params = train(train_x, train_y, flags.epochs, flags.seed)
+    x, y, hard = make_images(random.key(1), test_x, test_y)
+
+    batch, paths = x.repeat(3, 1, 1, 1)[: flags.batch], flagged(params)
+    shares = [i / 10 for i in range(11)]
+    runs: dict[Any, Callable[[], Any]] = {}
+    for share in shares:
+        way = torch.arange(len(batch)) < share * len(batch)
+        way = way[random.permutation(random.key(2), len(batch))]
+        runs[share] = functools.partial(FLAGGED.apply, paths, batch, way)
+    taken = seconds(runs, flags.rounds)
+    ideal = {share: (1 - share) * taken[0.0] + share * taken[1.0] for share in shares}
+
+    table = Table(title=f"a batch of {len(batch)}, each sample by its flag")
+    for column in ("hard samples %", "ms", "ideal ms", "ratio"):
+        table.add_column(column, justify="right")
+    for share in shares:
+        row = 100 * share, 1e3 * taken[share], 1e3 * ideal[share], taken[share] / ideal[share]
+        table.add_row(
+            *(f"{cell:.{digits}f}" for cell, digits in zip(row, (0, 1, 1, 2), strict=True))
+        )
+    console.print(table)
+
+    thresholds = [0.0, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999, 1.0]
+    found = {limit: EXITS.apply(params, x, limit) for limit in thresholds}
+    runs = {limit: functools.partial(EXITS.apply, params, x, limit) for limit in thresholds}
+    spent = seconds(runs, flags.rounds)
+    table = Table(title="early exits: accuracy by what is spent")
+    for column in ("threshold", "deep %", "of the hard %", "accuracy %", "us a sample"):
+        table.add_column(column, justify="right")
+    accuracy = {}
+    for limit, outputs in found.items():
+        deep = (outputs["exit"] == 1).float()
+        accuracy[limit] = 100 * (outputs["logits"].argmax(1) == y).float().mean().item()
+        cells = 100 * deep.mean(), 100 * deep[hard].mean(), accuracy[limit]
+        table.add_row(
+            f"{limit:g}", *(f"{cell:.1f}" for cell in cells), f"{1e6 * spent[limit] / len(x):.0f}"
+        )
+    console.print(table)
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    left.plot(shares, [1e3 * taken[s] for s in shares], "o-", label="each its own way (route)")
+    left.plot(shares, [1e3 * ideal[s] for s in shares], "k--", lw=1, label="ideal")
+    left.axhline(1e3 * taken[1.0], color="tab:red", lw=1, label="deep for all")
+    left.axhline(1e3 * taken[0.0], color="tab:green", lw=1, label="shallow for all")
+    left.set(xlabel="share of hard samples", ylabel="time of a batch / ms", ylim=(0, None))
+    left.legend()
+    right.plot([1e6 * s / len(x) for s in spent.values()], list(accuracy.values()), "o-")
+    for limit in thresholds[::2]:
+        place = 1e6 * spent[limit] / len(x), accuracy[limit]
+        right.annotate(f"{limit:g}", place, textcoords="offset points", xytext=(4, -10), fontsize=8)
+    right.set(xlabel="time of a sample / us", ylabel="accuracy / %", title="by threshold")
+    flags.output.mkdir(parents=True, exist_ok=True)
+    figure.savefig(flags.output / "conditional.png", dpi=110)
+    console.print(f"figure in {flags.output}")
+
+
+if __name__ == "__main__":
+    main()
