@@ -95,7 +95,8 @@ def forward(
         limit = config.threshold if threshold is None else threshold
         if not isinstance(limit, Tensor) and not 0 <= limit <= 1:
             raise ValueError(f"early_exit: threshold: expected a probability, got {limit}")
-        return tap.finish(_leave(params, x, limit, 0, config), {}, train)
+        outputs = _leave(params, x, limit, 0, config)
+        return tap.finish({**outputs, "exit": outputs["exit"].long()}, {}, train)
     keys: Any = iter([None] * 2 * len(config.stages))
     if key is not None:
         keys = iter(random.split(key, 2 * len(config.stages)).unbind())
@@ -114,7 +115,8 @@ def _leave(params: Any, x: Any, threshold: float | Tensor, i: int, config: Confi
     """One more stage for these samples; those that are sure then leave."""
     h = config.stages[i].apply(params["stages", str(i)], x)
     logits = config.exits[i].apply(params["exits", str(i)], h)
-    taken = torch.full(logits.shape[:1], i, device=logits.device)
+    # Not an integer, for the derivative of torch's own conditional knows none.
+    taken = logits.new_full(logits.shape[:1], i)
     if i + 1 == len(config.stages):
         return {"logits": logits, "exit": taken}
     unsure = logits.softmax(-1).amax(-1) < threshold
