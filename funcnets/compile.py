@@ -222,12 +222,10 @@ class _Outputs(NamedTuple):
     """How the result is put together from what the graph returns."""
 
     structure: Any
-    # One per leaf of the result: (_GRAPH, place among the graph's results), (_DONOR, place among
-    # the tensors of the call) or (_CONSTANT, the leaf itself).
-    leaves: list[tuple[int, Any]]
-
-
-_GRAPH, _DONOR, _CONSTANT = range(3)
+    donors: list[int]  # the tensors of the call whose memory holds a result
+    constants: list[Any]  # the leaves that are no tensors
+    # Where each leaf stands among the graph's results, the donors and the constants, in a row.
+    order: list[int]
 
 
 class _Entry(NamedTuple):
@@ -243,21 +241,16 @@ class _Entry(NamedTuple):
     def run(self, tensors: list[Tensor]) -> Any:
         if self.donated:
             self._check_aliases(tensors)
-        results = self.compiled(*tensors)
-        leaves = list(results)
-        if len(leaves) < len(self.outputs.leaves):  # else all come from the graph, in order
+        structure, donors, constants, order = self.outputs
+        leaves = list(self.compiled(*tensors))
+        if donors or constants:  # else all come from the graph, in order
             # A result over donated memory is a new tensor; the old one becomes unusable.
-            leaves = [
-                tensors[value].data
-                if source == _DONOR
-                else results[value]
-                if source == _GRAPH
-                else value
-                for source, value in self.outputs.leaves
-            ]
+            leaves.extend(map(Tensor.detach, map(tensors.__getitem__, donors)))
+            leaves.extend(constants)
+            leaves = list(map(leaves.__getitem__, order))
         for place in self.donated:
             tensors[place].__class__ = Donated
-        return tree.unflatten(self.outputs.structure, leaves)
+        return tree.unflatten(structure, leaves)
 
     def _check_aliases(self, tensors: list[Tensor]) -> None:
         pointers = list(map(Tensor.data_ptr, tensors))
@@ -278,7 +271,7 @@ def _record(
     donated: list[int],
 ) -> tuple[_torch.Recorded, _Outputs]:
     """Records f for these arguments, with the results written over the donated tensors."""
-    outputs = _Outputs(None, [])
+    outputs = _Outputs(None, [], [], [])
 
     def flat(*traced: Tensor) -> list[Tensor]:
         nonlocal outputs
@@ -295,18 +288,15 @@ def _record(
         results, result_structure = tree.flatten(f(*args, **kwargs))
         donors = _donors(results, traced, donated)
         donor_storages = {traced[place].untyped_storage()._cdata for place in donated}
-        returned: list[Tensor] = []
-        described: list[tuple[int, Any]] = []
+        returned: dict[int, Tensor] = {}
+        constants: dict[int, Any] = {}
         for i, result in enumerate(results):
             if not isinstance(result, Tensor):
-                described.append((_CONSTANT, result))
-            elif i in donors:
-                described.append((_DONOR, donors[i]))
-            else:
+                constants[i] = result
+            elif i not in donors:
                 # A view of memory that is about to be overwritten must become a copy first.
                 shared = result.untyped_storage()._cdata in donor_storages
-                described.append((_GRAPH, len(returned)))
-                returned.append(result.clone() if shared else result)
+                returned[i] = result.clone() if shared else result
         copies = []
         for i, place in donors.items():
             if results[i] is not traced[place]:
@@ -314,8 +304,10 @@ def _record(
                 copies.append((traced[place], results[i].clone() if shared else results[i]))
         for target, source in copies:
             target.copy_(source)
-        outputs = _Outputs(result_structure, described)
-        return returned
+        row = [*returned, *donors, *constants]
+        order = sorted(range(len(row)), key=row.__getitem__)
+        outputs = _Outputs(result_structure, list(donors.values()), list(constants.values()), order)
+        return list(returned.values())
 
     return _torch.trace(flat, tensors), outputs
 

@@ -128,7 +128,7 @@ def test_init_of_an_ensemble_is_the_init_of_its_members(case):
 
 @every_model
 def test_initial_values_are_distributed_as_in_torch(case):
-    n = 200
+    n = 400
     held = tree.to_state_dict(vmap(case.model.init)(random.split(KEY, n)))
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -139,6 +139,14 @@ def test_initial_values_are_distributed_as_in_torch(case):
             identical(held[name], drawn[:1].expand_as(held[name]))
             continue
         assert ks_2samp(held[name].flatten(), drawn.flatten()).pvalue > 1e-4, name
+        if case.model.family in ("mlp", "cnn"):  # torch.nn's own draws, whose law is known
+            weight = held[f"{name.rpartition('.')[0]}.weight"][0]
+            bound = 1 / math.sqrt(weight[0].numel())
+            assert drawn.abs().max() <= bound
+            # Kolmogorov's distance from the uniform distribution.
+            ranked = held[name].flatten().sort().values / bound / 2 + 0.5
+            distance = (ranked - torch.linspace(0, 1, len(ranked))).abs().max()
+            assert distance < 1.7 / math.sqrt(len(ranked))
         firsts.append(held[name].reshape(n, -1)[:, 0])
     if len(firsts) > 1:  # no two leaves are drawn alike
         correlation = torch.corrcoef(torch.stack(firsts)) - torch.eye(len(firsts))

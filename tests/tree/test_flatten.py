@@ -125,3 +125,16 @@ def test_under_transforms():
 def test_entries_of_other_containers():
     with pytest.raises(TypeError, match=r"layers\.0: expected a TensorDict, got list"):
         tree.entries([torch.ones(1)], ("layers", "0"))
+
+
+@given(params())
+def test_unflatten_makes_what_tensordict_itself_would_make(parameters):
+    leaves, structure = tree.flatten(parameters)
+    made = tree.unflatten(structure, leaves)
+    own = TensorDict(parameters.to_dict())
+    assert vars(made).keys() == vars(own).keys()
+    for name, value in vars(own).items():
+        assert type(vars(made)[name]) is type(value), name
+    assert made.is_locked == own.is_locked
+    assert made.lock_().is_locked
+    assert made.to_dict().keys() == own.to_dict().keys()
