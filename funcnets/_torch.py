@@ -17,6 +17,7 @@ from torch._C import _functorch
 from torch._C._dynamo.guards import TensorGuards
 from torch._dynamo.backends.registry import lookup_backend
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -31,6 +32,31 @@ while_node = torch.ops.higher_order.while_loop
 def transforming() -> bool:
     """Whether a torch.func transform (grad, vmap, jvp, ...) is under way."""
     return _functorch.peek_interpreter_stack() is not None
+
+
+def vmapping() -> bool:
+    """Whether a vmap is under way, at any depth of the transforms; so it may be under Dynamo."""
+    return torch.compiler.is_dynamo_compiling() or _functorch.TransformType.Vmap in _transforms()
+
+
+def first_order() -> bool:
+    """Whether an operator with a first derivative alone will do: no jvp, at most one grad or vjp.
+
+    Plain autograd does not tell beforehand that a second derivative will be taken, and Dynamo not
+    what it will do with the graph: both are taken for first order.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        return True
+    if forward_ad._current_level >= 0:
+        return False
+    found = _transforms()
+    kinds = _functorch.TransformType
+    return kinds.Jvp not in found and found.count(kinds.Grad) <= 1
+
+
+def _transforms() -> list[Any]:
+    """The kinds of the torch.func transforms under way, the outermost first."""
+    return [interpreter.key() for interpreter in _functorch.get_interpreter_stack() or []]
 
 
 def tracing() -> bool:
