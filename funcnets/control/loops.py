@@ -40,7 +40,9 @@ def scan(
     Compiled, the turns are laid out one after the other: fast to run, slow to compile for long
     sequences. With ``unroll=False``, `funcnets.compile` records one turn, so that the time to
     compile does not depend on the length; derivatives then compute each turn again from its carry,
-    as `remat` would. Plain torch.compile always lays the turns out.
+    as `remat` would. Plain torch.compile always lays the turns out. Before torch 2.15 such a scan
+    over turns with a `cond` in them has no backward() from outside the compiled function (a
+    RuntimeError says so); ``torch.func.grad`` inside it is right.
 
     Args:
         combine_fn: takes the carry and a slice of xs without ``dim``; returns the new carry, equal

@@ -382,7 +382,7 @@ def _check_inputs(
                 f"multimodal: present.{name}: expected a bool tensor, got {tree.describe(mask)}"
             )
         shape = given[name].shape
-        if list(mask.shape) not in ([], list(shape[:1])):
+        if mask.ndim and mask.shape != shape[:1]:
             raise ValueError(
                 f"multimodal: present.{name}: expected {list(shape[:1])} or [], "
                 f"got {list(mask.shape)}"
