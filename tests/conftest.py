@@ -16,9 +16,11 @@ import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+# The suite's own, and one for a long look: pytest --hypothesis-profile=thorough
 hypothesis.settings.register_profile(
-    "ci", max_examples=15, deadline=None, derandomize=True, print_blob=True
+    "ci", max_examples=10, deadline=None, derandomize=True, print_blob=True
 )
+hypothesis.settings.register_profile("thorough", max_examples=200, deadline=None, print_blob=True)
 hypothesis.settings.load_profile("ci")
 
 

@@ -143,7 +143,7 @@ WIDE = {"groups": 2, "width_per_group": 32, "num_classes": 2}
     ("small", "big", "message"),
     [
         (MLP, CNN, "grow: expected two models of one family among mlp, cnn, resnet, got mlp and"),
-        (models.vgg11(2), models.vgg11(2), "grow: expected two models of one family among"),
+        (models.lenet(), models.lenet(), "grow: expected two models of one family among"),
         (MLP, models.mlp(3, 2, (4, 3)), "grow: mlp: widths[1]: expected 4 units or more, got 3"),
         (MLP, models.mlp(3, 2, (4,)), "grow: mlp: widths: expected as many or more, got (4,)"),
         (MLP, models.mlp(3, 5, (4, 4)), "grow: mlp: out_features: expected 2 as before, got 5"),

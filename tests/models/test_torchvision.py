@@ -25,13 +25,16 @@ class Constructor:
         size: of the images; as small as the network allows, and for the efficientnets so large that
             their last norms have more than two values to look at, whose derivatives explode.
         still: options without which our network draws in training.
-        hidden: features of the hidden layers of a VGG network; two are compared as they are, and
+        hidden: features of the hidden layers of a VGG network; one is compared as it is, and
             the others, of the same 124 million parameters there, with less, to save time.
+        backward: whether the derivatives are compared too; not of the two whose derivatives take
+            half a minute, made of the blocks of their smaller siblings.
     """
 
     size: int = 32
     still: dict[str, Any] = field(default_factory=dict)
     hidden: int | None = None
+    backward: bool = True
 
     def model(self, name: str) -> Model:
         """The constructor's network."""
@@ -62,7 +65,7 @@ CONSTRUCTORS = {
     "vgg16": Constructor(still={"dropout": 0.0}, hidden=8),
     "vgg16_bn": Constructor(still={"dropout": 0.0}, hidden=8),
     "vgg19": Constructor(still={"dropout": 0.0}, hidden=8),
-    "vgg19_bn": Constructor(still={"dropout": 0.0}),
+    "vgg19_bn": Constructor(still={"dropout": 0.0}, hidden=8),
     "mobilenet_v2": Constructor(still={"dropout": 0.0}),
     "mobilenet_v3_small": Constructor(still={"dropout": 0.0}),
     "mobilenet_v3_large": Constructor(still={"dropout": 0.0}),
@@ -76,11 +79,11 @@ CONSTRUCTORS = {
     "efficientnet_b7": Constructor(33, {"dropout": 0.0, "stochastic_depth": 0.0}),
     "efficientnet_v2_s": Constructor(33, {"dropout": 0.0, "stochastic_depth": 0.0}),
     "efficientnet_v2_m": Constructor(33, {"dropout": 0.0, "stochastic_depth": 0.0}),
-    "efficientnet_v2_l": Constructor(33, {"dropout": 0.0, "stochastic_depth": 0.0}),
+    "efficientnet_v2_l": Constructor(33, {"dropout": 0.0, "stochastic_depth": 0.0}, backward=False),
     "convnext_tiny": Constructor(still={"stochastic_depth": 0.0}),
     "convnext_small": Constructor(still={"stochastic_depth": 0.0}),
     "convnext_base": Constructor(still={"stochastic_depth": 0.0}),
-    "convnext_large": Constructor(still={"stochastic_depth": 0.0}),
+    "convnext_large": Constructor(still={"stochastic_depth": 0.0}, backward=False),
 }
 
 
@@ -121,6 +124,8 @@ def test_equals_torchvision(name):
         expected = module.eval()(x)
         torch.testing.assert_close(model.apply(params, x), expected, rtol=1e-6, atol=1e-6)
     assert expected.std() > 1e-3  # the networks say something about the image
+    if not case.backward:
+        return
 
     expected = module.train()(x)
     cotangent = random.normal(KEY, expected.shape, dtype=torch.float64)
