@@ -62,14 +62,13 @@ def grad_and_value(
     @functools.wraps(f)
     def gradient_and_value(*args: Any, **kwargs: Any) -> Any:
         chosen = (argnums,) if isinstance(argnums, int) else argnums
-        if not _plain(args, kwargs, chosen):
+        if (found := _plain(args, kwargs, chosen)) is None:
             return torch.func.grad_and_value(f, argnums, has_aux)(*args, **kwargs)
         given = list(args)
         leaves: list[Tensor] = []
         structures = []
-        for place in chosen:
-            found, structure = tree.flatten(args[place])
-            tracked = [leaf.detach().requires_grad_() for leaf in found]
+        for place, (held, structure) in zip(chosen, found, strict=True):
+            tracked = [leaf.detach().requires_grad_() for leaf in held]
             given[place] = tree.unflatten(structure, tracked)
             leaves += tracked
             structures.append((structure, len(tracked)))
@@ -98,16 +97,22 @@ def grad_and_value(
     return gradient_and_value
 
 
-def _plain(args: tuple[Any, ...], kwargs: dict[str, Any], chosen: tuple[int, ...]) -> bool:
-    """Whether nothing around or among the arguments asks for more than the numbers."""
+def _plain(
+    args: tuple[Any, ...], kwargs: dict[str, Any], chosen: tuple[int, ...]
+) -> list[tuple[list[Any], Any]] | None:
+    """The chosen arguments, flattened, where nothing asks for more than the numbers; else None."""
     if _torch.inlining() or not all(0 <= place < len(args) for place in chosen):
-        return False
+        return None
     if len(set(chosen)) < len(chosen):
-        return False
-    wanted = tree.leaves([args[place] for place in chosen])
-    if not all(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in wanted):
-        return False
-    return not any(getattr(leaf, "requires_grad", False) for leaf in tree.leaves((args, kwargs)))
+        return None
+    found = [tree.flatten(args[place]) for place in chosen]
+    for leaf in (leaf for held, _ in found for leaf in held):
+        if not isinstance(leaf, Tensor) or not leaf.is_floating_point() or leaf.requires_grad:
+            return None
+    rest = [argument for place, argument in enumerate(args) if place not in chosen]
+    if any(getattr(leaf, "requires_grad", False) for leaf in tree.leaves((rest, kwargs))):
+        return None
+    return found
 
 
 def _detached(leaf: Any) -> Any:

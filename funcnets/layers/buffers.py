@@ -17,10 +17,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from tensordict import TensorDict
-from torch import Tensor
 
-from funcnets import tree
-from funcnets.tree.flatten import tensordict
+from funcnets.tree.flatten import entries, tensordict
 
 
 def with_buffers(
@@ -64,6 +62,12 @@ def _without_empty(buffers: Mapping[str, Any]) -> TensorDict | None:
     for name, value in buffers.items():
         if type(value) is dict:
             value = _without_empty(value)
-        if value is not None and (isinstance(value, Tensor) or tree.leaves(value)):
+        if value is not None and not _empty(value):
             held[name] = value
     return tensordict(held) if held else None
+
+
+def _empty(value: Any) -> bool:
+    """Whether there is no tensor anywhere in the tree."""
+    held = entries(value)
+    return held is not None and all(map(_empty, held.values()))

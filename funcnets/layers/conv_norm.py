@@ -14,6 +14,7 @@ from funcnets import random
 from funcnets.layers.activations import Activation
 from funcnets.layers.buffers import finish, with_buffers
 from funcnets.layers.conv import Size, conv, init_conv
+from funcnets.layers.fresh import activate_fresh
 from funcnets.layers.initializers import Initializer
 from funcnets.layers.norm import batch_norm, init_batch_norm
 from funcnets.layers.params import entries
@@ -87,4 +88,6 @@ def conv_norm(
         padding = tuple((size - 1) // 2 * dilation for size in kernel)
     x = conv(found["0"], x, stride=stride, padding=padding, dilation=dilation, groups=groups)
     x, buffers = with_buffers(batch_norm, found["1"], x, train=train, momentum=momentum, eps=eps)
-    return finish(x if activation is None else activation(x), {"1": buffers}, train)
+    if activation is not None:
+        x = activate_fresh(activation, x)
+    return finish(x, {"1": buffers}, train)

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from tensordict import TensorDict
 from torch import Tensor
 
-from funcnets import random
+from funcnets import _torch, random
 from funcnets.layers.initializers import Initializer, ones, zeros
 from funcnets.layers.params import check_dtype, check_positive, entries, fail, shape
 from funcnets.random import Key
@@ -124,9 +124,14 @@ def batch_norm(
         fail(layer, "x", "more than one value per channel in training", x.shape)
     if not train:
         return F.batch_norm(x, None, None, weight, bias, True, 0.0, eps)
-    outputs, batch_mean, batch_var = _normalize(x, weight, bias, eps)
     if mean is None or var is None:
-        return outputs, TensorDict({})
+        return _normalize(x, weight, bias, eps)[0], TensorDict({})
+    if isinstance(momentum, float) and not _torch.inlining():
+        # torch's own update in place, of copies: a third of the operators.
+        new = mean.detach().clone(), var.detach().clone()
+        outputs = F.batch_norm(x, *new, weight, bias, True, momentum, eps)
+        return outputs, tensordict({"running_mean": new[0], "running_var": new[1]})
+    outputs, batch_mean, batch_var = _normalize(x, weight, bias, eps)
     return outputs, _new_statistics(mean, var, batch_mean, batch_var, momentum)
 
 

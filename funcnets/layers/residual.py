@@ -15,6 +15,7 @@ from funcnets.layers.buffers import finish, with_buffers
 from funcnets.layers.conv import conv, init_conv
 from funcnets.layers.conv_norm import conv_norm, init_conv_norm
 from funcnets.layers.dropout import Rate, stochastic_depth
+from funcnets.layers.fresh import activate_fresh, add_fresh
 from funcnets.layers.initializers import Initializer, kaiming_normal, zeros
 from funcnets.layers.norm import batch_norm, init_batch_norm
 from funcnets.layers.params import check_positive, entries
@@ -128,7 +129,7 @@ def residual_block(
         )
         out, new[f"bn{i}"] = with_buffers(batch_norm, found[f"bn{i}"], out, train=train)
         if i < convolutions:
-            out = F.relu(out)
+            out = activate_fresh(F.relu, out)
     if "se" in found:
         out = squeeze_excitation(found["se"], out)
     if train and key is not None:
@@ -137,7 +138,7 @@ def residual_block(
         x, new["downsample"] = with_buffers(
             conv_norm, found["downsample"], x, train=train, stride=stride, activation=None
         )
-    return finish(F.relu(out + x), new, train)
+    return finish(activate_fresh(F.relu, add_fresh(out, x)), new, train)
 
 
 def _init_block(

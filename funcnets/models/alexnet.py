@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from funcnets.layers import (
     linear,
     max_pool2d,
 )
+from funcnets.layers.fresh import activate_fresh
 from funcnets.model import Model, bind
 from funcnets.models import blocks
 from funcnets.taps import Taps, TapsLike
@@ -120,11 +122,13 @@ def forward(
     blocks.check_image("alexnet", x, config.in_channels, SMALLEST)
     keys = blocks.draw_keys("alexnet", key, train and config.dropout > 0, 2)
     tap = Taps("alexnet", taps)
+    # The input of each is a place of its own, which a tap may have kept.
+    relu = F.relu if taps else partial(activate_fresh, F.relu)
     features, classifier = params["features"], params["classifier"]
     for place, _, stride, padding, pooled in CONVOLUTIONS:
         x = conv(features[str(place)], x, stride=stride, padding=padding)
         x = tap(f"features.{place}", x)
-        x = tap(f"features.{place + 1}", F.relu(x))
+        x = tap(f"features.{place + 1}", relu(x))
         if pooled:
             x = tap(f"features.{place + 2}", max_pool2d(x, 3, 2))
     x = tap("avgpool", adaptive_avg_pool2d(tap("features", x), POOLED))
@@ -133,5 +137,5 @@ def forward(
         if keys is not None:
             x = dropout(keys[i], x, config.dropout)
         x = tap(f"classifier.{place}", linear(classifier[str(place)], x))
-        x = tap(f"classifier.{place + 1}", F.relu(x))
+        x = tap(f"classifier.{place + 1}", relu(x))
     return tap.finish(linear(classifier["6"], x), {}, train)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from funcnets import layers, random
 from funcnets.layers import activation, channel_dropout, conv, init_conv, init_linear, linear
+from funcnets.layers.fresh import activate_fresh
 from funcnets.model import Model, bind
 from funcnets.models import blocks
 from funcnets.taps import Taps, TapsLike
@@ -172,7 +173,7 @@ def forward(
             if config.norm is not None:
                 x, new = blocks.norm(layer["1"], x, config.norm, train=train, groups=config.groups)
                 found[str(i)] = {"1": new}
-            x = tap(name, activation(config.activation)(x))
+            x = tap(name, activate_fresh(activation(config.activation), x))
         if config.pool is not None:
             x = POOLS[config.pool, config.dims](x, 2)
         if keys is not None:

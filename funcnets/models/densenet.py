@@ -14,6 +14,7 @@ from torch import Tensor
 from funcnets import layers, random
 from funcnets.control import remat
 from funcnets.layers import avg_pool2d, conv, init_conv, init_linear, linear, max_pool2d
+from funcnets.layers.fresh import activate_fresh
 from funcnets.layers.params import entries
 from funcnets.model import Model, bind
 from funcnets.models import blocks
@@ -253,7 +254,7 @@ def _bottleneck(
 
 def _norm_relu(params: TensorDict, x: Tensor, train: bool) -> tuple[Tensor, TensorDict | None]:
     x, buffers = layers.with_buffers(layers.batch_norm, params, x, train=train)
-    return F.relu(x), buffers
+    return activate_fresh(F.relu, x), buffers
 
 
 def _init_conv(key: random.Key, channels: int, width: int, kernel_size: int) -> TensorDict:

@@ -22,6 +22,7 @@ from funcnets.layers import (
     residual_block,
     with_buffers,
 )
+from funcnets.layers.fresh import activate_fresh
 from funcnets.model import Model, bind
 from funcnets.models import blocks
 from funcnets.taps import Taps, TapsLike
@@ -241,7 +242,7 @@ def forward(
     small = config.stem == "small"
     x = conv(params["conv1"], x, stride=1 if small else 2, padding=1 if small else 3)
     x, new["bn1"] = with_buffers(layers.batch_norm, params["bn1"], x, train=train)
-    x = tap("relu", F.relu(x))
+    x = tap("relu", activate_fresh(F.relu, x))
     if not small:
         x = tap("maxpool", max_pool2d(x, 3, 2, 1))
     block = 0

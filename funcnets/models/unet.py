@@ -13,6 +13,7 @@ from torch import Tensor
 
 from funcnets import layers, random
 from funcnets.layers import activation, conv, conv_transpose, init_conv, init_conv_transpose
+from funcnets.layers.fresh import activate_fresh
 from funcnets.model import Model, bind
 from funcnets.models import blocks
 from funcnets.taps import Taps, TapsLike
@@ -191,7 +192,7 @@ def _level(
         if config.norm is not None:
             x, new = blocks.norm(layer["1"], x, config.norm, train=train, groups=config.groups)
             found[str(i)] = {"1": new}
-        x = activation(config.activation)(x)
+        x = activate_fresh(activation(config.activation), x)
     return x, found
 
 

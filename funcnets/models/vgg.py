@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
@@ -25,6 +26,7 @@ from funcnets.layers import (
     max_pool2d,
     with_buffers,
 )
+from funcnets.layers.fresh import activate_fresh
 from funcnets.model import Model, bind
 from funcnets.models import blocks
 from funcnets.taps import Taps, TapsLike
@@ -179,6 +181,8 @@ def forward(
     blocks.check_image("vgg", x, config.in_channels, 2 ** len(config.depths))
     keys = blocks.draw_keys("vgg", key, train and config.dropout > 0, 2)
     tap, new = Taps("vgg", taps), {}
+    # The input of each is a place of its own, which a tap may have kept.
+    relu = F.relu if taps else partial(activate_fresh, F.relu)
     features, classifier = params["features"], params["classifier"]
     place = 0
     for depth in config.depths:
@@ -190,7 +194,7 @@ def forward(
                 x, new[name] = with_buffers(batch_norm, features[name], x, train=train)
                 x = tap(f"features.{place}", x)
                 place += 1
-            x = tap(f"features.{place}", F.relu(x))
+            x = tap(f"features.{place}", relu(x))
             place += 1
         x = tap(f"features.{place}", max_pool2d(x, 2, 2))
         place += 1
@@ -198,7 +202,7 @@ def forward(
     x = rearrange(x, "batch channels height width -> batch (channels height width)")
     for i, place in enumerate((0, 3)):
         x = tap(f"classifier.{place}", linear(classifier[str(place)], x))
-        x = tap(f"classifier.{place + 1}", F.relu(x))
+        x = tap(f"classifier.{place + 1}", relu(x))
         if keys is not None:
             x = dropout(keys[i], x, config.dropout)
     return tap.finish(linear(classifier["6"], x), {"features": new}, train)

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import torch
 from tensordict import TensorDict, TensorDictBase
 
-from funcnets.tree.flatten import Path, Tree, describe, entries, join
+from funcnets.tree.flatten import Path, Tree, describe, entries, join, tensordict
 
 Where: TypeAlias = str | Sequence[str] | re.Pattern[str] | Callable[[Path, Any], bool]
 
@@ -135,7 +135,7 @@ def _partition(
 def _like(tree: Any, held: dict[str, Any]) -> Any:
     """The same kind of node with other entries."""
     if type(tree) is TensorDict or isinstance(tree, TensorDictBase):
-        return TensorDict._new_unsafe(held, batch_size=tree.batch_size, nested=False)
+        return tensordict(held, tree.batch_size)
     return held
 
 
@@ -152,7 +152,7 @@ def _merge(first: Any, second: Any, path: Path) -> Any:
     size = first.batch_size
     if size != second.batch_size:  # a tree without entries has no say
         size = _common((first if a else second).batch_size, (second if b else first).batch_size)
-    return TensorDict._new_unsafe(merged, batch_size=size)
+    return tensordict(merged, size)
 
 
 def _common(first: torch.Size, second: torch.Size) -> torch.Size:
