@@ -6,7 +6,7 @@ from funcnets.control import cond, remat, route, scan, switch, while_loop
 from funcnets.gradients import grad, grad_and_value
 from funcnets.growth import grow
 from funcnets.model import Model
-from funcnets.serialization import load, save
+from funcnets.serialization import load, read_metadata, save
 
 __version__ = "0.1.0"
 
@@ -25,6 +25,7 @@ __all__ = [
     "models",
     "optim",
     "random",
+    "read_metadata",
     "remat",
     "route",
     "save",

@@ -1,6 +1,7 @@
 """Model families, one file each: a Config, ``init``, ``forward``, and constructors by name."""
 
 from funcnets.models.alexnet import alexnet
+from funcnets.models.bert import bert, mask_tokens
 from funcnets.models.cnn import cnn
 from funcnets.models.convnext import (
     convnext,
@@ -33,6 +34,7 @@ from funcnets.models.efficientnet import (
 )
 from funcnets.models.embedding import embedding
 from funcnets.models.gated import gated
+from funcnets.models.gpt import gpt, gpt_cache
 from funcnets.models.lenet import lenet
 from funcnets.models.mlp import mlp
 from funcnets.models.mobilenet_v2 import mobilenet_v2
@@ -42,6 +44,7 @@ from funcnets.models.mobilenet_v3 import (
     mobilenet_v3_small,
 )
 from funcnets.models.multimodal import multimodal
+from funcnets.models.recurrent import recurrent
 from funcnets.models.residual_mlp import residual_mlp
 from funcnets.models.resnet import (
     resnet,
@@ -56,7 +59,10 @@ from funcnets.models.resnet import (
     wide_resnet50_2,
     wide_resnet101_2,
 )
+from funcnets.models.seq2seq import seq2seq
 from funcnets.models.siamese import siamese
+from funcnets.models.swin import swin, swin_b, swin_s, swin_t, swin_v2_b, swin_v2_s, swin_v2_t
+from funcnets.models.transformer import transformer, transformer_decoder, transformer_encoder
 from funcnets.models.unet import unet
 from funcnets.models.vgg import (
     vgg,
@@ -69,9 +75,19 @@ from funcnets.models.vgg import (
     vgg19,
     vgg19_bn,
 )
+from funcnets.models.vit import (
+    interpolate_positions,
+    vit,
+    vit_b_16,
+    vit_b_32,
+    vit_h_14,
+    vit_l_16,
+    vit_l_32,
+)
 
 __all__ = [
     "alexnet",
+    "bert",
     "cnn",
     "convnext",
     "convnext_base",
@@ -98,13 +114,18 @@ __all__ = [
     "efficientnet_v2_s",
     "embedding",
     "gated",
+    "gpt",
+    "gpt_cache",
+    "interpolate_positions",
     "lenet",
+    "mask_tokens",
     "mlp",
     "mobilenet_v2",
     "mobilenet_v3",
     "mobilenet_v3_large",
     "mobilenet_v3_small",
     "multimodal",
+    "recurrent",
     "residual_mlp",
     "resnet",
     "resnet18",
@@ -115,7 +136,18 @@ __all__ = [
     "resnext50_32x4d",
     "resnext101_32x8d",
     "resnext101_64x4d",
+    "seq2seq",
     "siamese",
+    "swin",
+    "swin_b",
+    "swin_s",
+    "swin_t",
+    "swin_v2_b",
+    "swin_v2_s",
+    "swin_v2_t",
+    "transformer",
+    "transformer_decoder",
+    "transformer_encoder",
     "unet",
     "vgg",
     "vgg11",
@@ -126,6 +158,12 @@ __all__ = [
     "vgg16_bn",
     "vgg19",
     "vgg19_bn",
+    "vit",
+    "vit_b_16",
+    "vit_b_32",
+    "vit_h_14",
+    "vit_l_16",
+    "vit_l_32",
     "wide_resnet50_2",
     "wide_resnet101_2",
 ]

@@ -12,9 +12,12 @@ from typing import Any, NamedTuple
 
 import convnet_references
 import torch
+import transformer_references
+import vision_references
 from conditional_references import EarlyExit, Gated
 from hypothesis import strategies as st
 from multimodal_reference import Attention, Gate, Multimodal
+from recurrent_reference import Recurrent, Seq2Seq
 from references import RESIDUAL_BLOCKS
 from residual_mlp_reference import ResidualMLP
 from torch import Tensor, nn
@@ -294,6 +297,15 @@ def convnet(family: str, n: int = 2, m: int = 3, size: int = 6, **options: Any) 
     return Case(model, ((3, n, size, size),), module, draws)
 
 
+def vision(family: str, n: int = 2, m: int = 3, size: int = 4, **options: Any) -> Case:
+    """A transformer of torchvision's kind, from images to logits."""
+    model = getattr(models, family)(num_classes=m, in_channels=n, **options)
+    rates = ("dropout", "attention_dropout", "stochastic_depth")
+    draws = any(getattr(model.config, rate, 0) > 0 for rate in rates)
+    module = partial(getattr(vision_references, family), model.config)
+    return Case(model, ((3, n, size, size),), module, draws)
+
+
 class Normalize(nn.Module):
     """Rows of length one."""
 
@@ -385,6 +397,59 @@ def early_exit(stages: list[Case], exits: list[Case], threshold: float) -> Case:
 
     draws = any(case.draws for case in [*stages, *exits])
     return Case(models.early_exit(*parts, threshold), stages[0].shapes, module, draws)
+
+
+def gpt(n: int = 5, batch: int = 3, time: int = 4, **options: Any) -> Case:
+    model = models.gpt(n, **{"context": time + 1, "init_std": 0.2} | options)
+    module = partial(transformer_references.GPT, model.config)
+    return Case(model, (Indices((batch, time), n),), module, model.config.dropout > 0)
+
+
+def bert(n: int = 5, batch: int = 3, time: int = 4, **options: Any) -> Case:
+    model = models.bert(n, **{"context": time + 1, "init_std": 0.2, "dropout": 0.0} | options)
+    module = partial(transformer_references.BERT, model.config)
+    return Case(model, (Indices((batch, time), n),), module, model.config.dropout > 0)
+
+
+def transformer(batch: int = 3, times: tuple[int, int] = (4, 3), **options: Any) -> Case:
+    model = models.transformer(**{"dropout": 0.0} | options)
+    config = model.config
+
+    def shape(time: int, vocabulary: int | None) -> Any:
+        if vocabulary is None:
+            return batch, time, config.width
+        return Indices((batch, time), vocabulary)
+
+    shapes = [shape(times[0], config.vocabulary if config.encoder_depth else None)]
+    if config.decoder_depth:
+        shapes.append(shape(times[1], config.target_vocabulary or config.vocabulary))
+    module = partial(transformer_references.Transformer, config)
+    return Case(model, tuple(shapes), module, config.dropout > 0)
+
+
+def recurrent(
+    n: int = 3, m: int = 2, batch: int = 3, time: int = 3, hidden: int = 3, **options: Any
+) -> Case:
+    model = models.recurrent(n, m, hidden, **options)
+    config = model.config
+    shape: Any = (batch, time, n)
+    if config.num_embeddings is not None:
+        shape = Indices((batch, time), config.num_embeddings)
+    return Case(model, (shape,), partial(Recurrent, config), config.dropout > 0)
+
+
+def seq2seq(
+    n: int = 3, m: int = 2, steps: int = 2, targets: bool = True, batch: int = 3, **options: Any
+) -> Case:
+    model = models.seq2seq(n, m, steps, **{"hidden_size": 3} | options)
+    config = model.config
+    shape: Any = (batch, 3, n) if config.encoder else (batch, n)
+    if config.num_embeddings is not None:
+        shape = Indices((batch, 3), config.num_embeddings)
+    target = Indices((batch, steps), m) if config.tokens else (batch, steps, m)
+    shapes = (shape, target) if targets else (shape,)
+    draws = config.dropout > 0 or (targets and config.sampling > 0)
+    return Case(model, shapes, partial(Seq2Seq, config), draws)
 
 
 @st.composite
@@ -555,6 +620,113 @@ def multimodals(draw: Any) -> Case:
     )
 
 
+FEED_FORWARDS = ["relu", "gelu", "swiglu", "geglu", "squared_relu"]
+POSITIONS = ["learned", "sinusoidal", "rotary", "alibi", "none"]
+shares = st.sampled_from(["none", "stacked", "all"])
+
+
+@st.composite
+def gpts(draw: Any) -> Case:
+    heads, groups = draw(st.sampled_from([(1, None), (2, None), (2, 1), (4, 2)]))
+    options = {
+        "heads": heads,
+        "key_value_heads": groups,
+        "width": heads * draw(st.sampled_from([2, 4])),
+        "depth": draw(st.integers(1, 3)),
+        "hidden": draw(st.sampled_from([None, 3])),
+        "positions": draw(st.sampled_from(POSITIONS)),
+        "norm": draw(st.sampled_from(["layer", "rms"])),
+        "activation": draw(st.sampled_from(FEED_FORWARDS)),
+        "normalize": draw(st.booleans()),
+        "window": draw(st.sampled_from([None, 2])),
+        "bias": draw(st.booleans()),
+        "tied": draw(st.booleans()),
+        "share": draw(shares),
+        "soft_cap": draw(st.sampled_from([None, 3.0])),
+    }
+    return gpt(draw(sizes), draw(sizes), draw(st.integers(1, 5)), **options)
+
+
+@st.composite
+def berts(draw: Any) -> Case:
+    heads = draw(st.sampled_from([1, 2]))
+    options = {
+        "heads": heads,
+        "width": heads * draw(st.sampled_from([2, 4])),
+        "depth": draw(st.integers(1, 3)),
+        "positions": draw(st.sampled_from(POSITIONS)),
+        "norm": draw(st.sampled_from(["layer", "rms"])),
+        "norm_first": draw(st.booleans()),
+        "activation": draw(st.sampled_from(FEED_FORWARDS)),
+        "head": draw(st.booleans()),
+        "share": draw(shares),
+    }
+    return bert(draw(sizes), draw(sizes), draw(st.integers(1, 5)), **options)
+
+
+@st.composite
+def transformers(draw: Any) -> Case:
+    heads, vocabulary = draw(st.sampled_from([1, 2])), draw(st.sampled_from([None, 5]))
+    depths = draw(st.sampled_from([(1, 1), (2, 1), (0, 2), (2, 0)]))
+    whole = vocabulary is not None and all(depths)
+    options = {
+        "vocabulary": vocabulary,
+        "target_vocabulary": draw(st.sampled_from([None, 3])) if whole else None,
+        "context": 5,
+        "heads": heads,
+        "width": heads * draw(st.sampled_from([2, 4])),
+        "encoder_depth": depths[0],
+        "decoder_depth": depths[1],
+        "hidden": draw(st.sampled_from([None, 3])),
+        "positions": draw(st.sampled_from(["learned", "sinusoidal", "none"])),
+        "norm_first": draw(st.booleans()),
+        "activation": draw(st.sampled_from(["relu", "gelu"])),
+        "bias": draw(st.booleans()),
+        "tied": draw(st.booleans()),
+        "share": draw(shares),
+    }
+    return transformer(draw(sizes), (draw(st.integers(1, 5)), draw(st.integers(1, 5))), **options)
+
+
+CELLS = st.sampled_from(["rnn_tanh", "lstm", "gru"])
+
+
+@st.composite
+def recurrents(draw: Any) -> Case:
+    return recurrent(
+        draw(sizes),
+        draw(sizes),
+        draw(sizes),
+        draw(sizes),
+        draw(st.integers(2, 4)),
+        num_layers=draw(st.integers(1, 2)),
+        cell=draw(CELLS),
+        bidirectional=draw(st.booleans()),
+        merge=draw(st.sampled_from(["concat", "add"])),
+        output=draw(st.sampled_from(["last", "mean", "attention", "each"])),
+        num_embeddings=draw(st.sampled_from([None, 3])),
+    )
+
+
+@st.composite
+def seq2seqs(draw: Any) -> Case:
+    encoder = draw(st.booleans())
+    return seq2seq(
+        draw(sizes),
+        draw(st.integers(2, 4)),
+        draw(st.integers(1, 3)),
+        draw(st.booleans()),
+        draw(sizes),
+        num_layers=draw(st.integers(1, 2)),
+        cell=draw(CELLS),
+        encoder=encoder,
+        bidirectional=encoder and draw(st.booleans()),
+        merge=draw(st.sampled_from(["concat", "add"])),
+        tokens=draw(st.booleans()),
+        num_embeddings=draw(st.sampled_from([None, 3])) if encoder else None,
+    )
+
+
 # Every norm, and what else takes a way of its own through the code.
 CASES: dict[str, Case] = {
     "mlp": mlp(widths=(5, 4), dropout=0.4),
@@ -590,6 +762,16 @@ CASES: dict[str, Case] = {
         name: convnet(name.removesuffix("_batch"), **options)
         for name, options in convnet_references.SMALL.items()
     },
+    **{
+        name: vision(name.partition("_")[0], **options)
+        for name, options in vision_references.SMALL.items()
+    },
+    "recurrent": recurrent(
+        cell="lstm", num_layers=2, bidirectional=True, output="attention", dropout=0.4
+    ),
+    "recurrent_each": recurrent(num_embeddings=5, output="each"),
+    "seq2seq": seq2seq(bidirectional=True, merge="add", sampling=0.5, dropout=0.4),
+    "seq2seq_tokens": seq2seq(m=4, targets=False, encoder=False, cell="lstm", tokens=True),
     "siamese": siamese(mlp(widths=(5, 4), norm="batch", dropout=0.4), normalize=True),
     "gated": gated(
         mlp(3, 4, widths=(2,), norm="batch"),
@@ -605,6 +787,25 @@ CASES: dict[str, Case] = {
         [cnn(1, 4, (4, 4), widths=(2,), dropout=0.4), residual_mlp(4, 4, width=3, depth=1)],
         [mlp(4, 3, widths=()), mlp(4, 3, widths=(4,), dropout=0.4)],
         0.6,
+    ),
+    "gpt": gpt(width=4, depth=1, heads=2, dropout=0.4),
+    "gpt_rotary": gpt(
+        width=8,
+        depth=1,
+        heads=4,
+        key_value_heads=2,
+        hidden=4,
+        positions="rotary",
+        norm="rms",
+        activation="swiglu",
+        normalize=True,
+        tied=False,
+        share="stacked",
+        dropout=0.4,
+    ),
+    "bert": bert(width=4, depth=1, heads=2, share="all", dropout=0.4),
+    "transformer": transformer(
+        vocabulary=5, width=4, heads=2, encoder_depth=1, decoder_depth=1, hidden=6, dropout=0.4
     ),
     "embedding": embedding(),
     "embedding_padding": embedding(padding_idx=1),
@@ -634,9 +835,16 @@ FAMILIES: dict[str, st.SearchStrategy[Case]] = {
         family: drawn.map(lambda options: convnet(**options))
         for family, drawn in convnet_references.DRAWN.items()
     },
+    "vit": vision_references.VIT.map(lambda options: vision(**options)),
+    "swin": vision_references.SWIN.map(lambda options: vision(**options)),
+    "recurrent": recurrents(),
+    "seq2seq": seq2seqs(),
     "siamese": siameses(),
     "gated": gateds(),
     "early_exit": early_exits(),
+    "gpt": gpts(),
+    "bert": berts(),
+    "transformer": transformers(),
     "embedding": embeddings(),
     "multimodal": multimodals(),
 }

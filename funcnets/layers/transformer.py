@@ -1,0 +1,330 @@
+"""The layers of a Transformer: attention and feed-forward, each with a norm and a shortcut."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, TypeAlias, TypeVar
+
+import torch
+from jaxtyping import Bool, Float, Int
+from tensordict import TensorDict
+from torch import Tensor
+
+from funcnets import random
+from funcnets.layers.attention import Positions, attention, init_attention
+from funcnets.layers.dropout import Rate
+from funcnets.layers.dropout import dropout as drop
+from funcnets.layers.feed_forward import FeedForward, feed_forward, init_feed_forward
+from funcnets.layers.key_value_cache import KeyValueCache, cached_attention
+from funcnets.layers.norm import init_layer_norm, init_rms_norm, layer_norm, rms_norm
+from funcnets.layers.params import entries
+from funcnets.random import Key
+
+Norm: TypeAlias = Literal["layer", "rms"]
+_State = TypeVar("_State")
+
+
+def init_encoder_layer(
+    key: Key,
+    width: int,
+    heads: int,
+    hidden: int = 2048,
+    *,
+    key_value_heads: int | None = None,
+    activation: FeedForward = "relu",
+    norm: Norm = "layer",
+    bias: bool = True,
+    dtype: torch.dtype = torch.float32,
+) -> TensorDict:
+    """Parameters of `encoder_layer`, as those of ``torch.nn.TransformerEncoderLayer``.
+
+    ``self_attn`` (see `init_attention`), ``linear1`` and ``linear2`` (see `init_feed_forward`),
+    ``norm1`` and ``norm2``.
+
+    Args:
+        hidden: the width between the linear layers (of a gated activation: behind the gate).
+        key_value_heads: as in `init_attention`.
+        norm: "layer", or "rms", which has no bias.
+        bias: of all linear layers and norms.
+    """
+    attention_key, feed_forward_key = random.split(key)
+    made = init_attention(
+        attention_key, width, heads, key_value_heads=key_value_heads, bias=bias, dtype=dtype
+    )
+    inner = init_feed_forward(
+        feed_forward_key, width, hidden, activation=activation, bias=bias, dtype=dtype
+    )
+    norms = {f"norm{i}": _init_norm(key, width, norm, bias, dtype) for i in (1, 2)}
+    return TensorDict({"self_attn": made, **dict(inner.items()), **norms})
+
+
+def encoder_layer(
+    params: TensorDict,
+    x: Float[Tensor, "*batch time width"],
+    *,
+    heads: int,
+    norm_first: bool = False,
+    activation: FeedForward = "relu",
+    norm: Norm = "layer",
+    eps: float | None = None,
+    mask: Bool[Tensor, ...] | None = None,
+    causal: bool = False,
+    padding: Bool[Tensor, ...] | None = None,
+    positions: Positions | None = None,
+    bias: Float[Tensor, ...] | None = None,
+    window: int | None = None,
+    normalize: bool = False,
+    dropout: Rate = 0.0,
+    key: Key | None = None,
+    fused: bool = True,
+) -> Float[Tensor, "*batch time width"]:
+    """Self-attention and a feed-forward part, as ``torch.nn.TransformerEncoderLayer``.
+
+    Masks say what may be attended to, where torch's boolean masks say what may not.
+
+    Args:
+        norm_first: norms before each part (Xiong et al. 2020) instead of behind its shortcut.
+        activation: of the feed-forward part; see `feed_forward`.
+        norm: which kind the parameters are of, "layer" or "rms".
+        eps: of the norms; by default as in `layer_norm` and `rms_norm`.
+        mask, causal, padding, positions, bias, window, normalize, fused: see `attention`.
+        dropout: the rate for the attention weights, after the activation, and at the end of each
+            part; applied if ``key`` is given as well.
+
+    >>> import torch
+    >>> params = init_encoder_layer(random.key(0), width=8, heads=2, hidden=16)
+    >>> encoder_layer(params, torch.ones(3, 5, 8), heads=2, causal=True).shape
+    torch.Size([3, 5, 8])
+    """
+    keys = _keys(key, dropout, 4)
+
+    def attend(x: Tensor) -> tuple[Tensor, None]:
+        outputs = attention(
+            entries(params)["self_attn"],
+            x,
+            heads=heads,
+            mask=mask,
+            causal=causal,
+            padding=padding,
+            positions=positions,
+            bias=bias,
+            window=window,
+            normalize=normalize,
+            dropout=dropout,
+            key=keys[0],
+            fused=fused,
+        )
+        return outputs, None
+
+    return _encode(params, x, attend, norm_first, activation, norm, eps, dropout, keys)[0]
+
+
+def cached_encoder_layer(
+    params: TensorDict,
+    x: Float[Tensor, "*batch time width"],
+    cache: KeyValueCache,
+    *,
+    heads: int,
+    counts: Int[Tensor, "*batch"] | None = None,
+    norm_first: bool = False,
+    activation: FeedForward = "relu",
+    norm: Norm = "layer",
+    eps: float | None = None,
+    positions: Positions | None = None,
+    bias: Float[Tensor, ...] | None = None,
+    window: int | None = None,
+    normalize: bool = False,
+    dropout: Rate = 0.0,
+    key: Key | None = None,
+) -> tuple[Float[Tensor, "*batch time width"], KeyValueCache]:
+    """`encoder_layer`, causal, for tokens that follow those in the cache; and the new cache.
+
+    Args:
+        cache, counts, positions, bias, window, normalize: see `cached_attention`. No dropout of the
+            attention weights.
+    """
+    keys = _keys(key, dropout, 4)
+
+    def attend(x: Tensor) -> tuple[Tensor, KeyValueCache]:
+        return cached_attention(
+            entries(params)["self_attn"],
+            x,
+            cache,
+            heads=heads,
+            counts=counts,
+            positions=positions,
+            bias=bias,
+            window=window,
+            normalize=normalize,
+        )
+
+    return _encode(params, x, attend, norm_first, activation, norm, eps, dropout, keys)
+
+
+def init_decoder_layer(
+    key: Key,
+    width: int,
+    heads: int,
+    hidden: int = 2048,
+    *,
+    key_value_heads: int | None = None,
+    activation: FeedForward = "relu",
+    norm: Norm = "layer",
+    bias: bool = True,
+    dtype: torch.dtype = torch.float32,
+) -> TensorDict:
+    """Parameters of `decoder_layer`, as those of ``torch.nn.TransformerDecoderLayer``.
+
+    Those of `init_encoder_layer`, with ``multihead_attn`` (to the memory) and ``norm3``.
+    """
+    own, other = random.split(key)
+    made = init_encoder_layer(
+        own,
+        width,
+        heads,
+        hidden,
+        key_value_heads=key_value_heads,
+        activation=activation,
+        norm=norm,
+        bias=bias,
+        dtype=dtype,
+    )
+    made["multihead_attn"] = init_attention(
+        other, width, heads, key_value_heads=key_value_heads, bias=bias, dtype=dtype
+    )
+    made["norm3"] = _init_norm(key, width, norm, bias, dtype)
+    return made
+
+
+def decoder_layer(
+    params: TensorDict,
+    x: Float[Tensor, "*batch time width"],
+    memory: Float[Tensor, "*batch memory_time width"],
+    *,
+    heads: int,
+    norm_first: bool = False,
+    activation: FeedForward = "relu",
+    norm: Norm = "layer",
+    eps: float | None = None,
+    mask: Bool[Tensor, ...] | None = None,
+    causal: bool = False,
+    padding: Bool[Tensor, ...] | None = None,
+    memory_mask: Bool[Tensor, ...] | None = None,
+    memory_padding: Bool[Tensor, ...] | None = None,
+    dropout: Rate = 0.0,
+    key: Key | None = None,
+    fused: bool = True,
+) -> Float[Tensor, "*batch time width"]:
+    """Self-attention, attention to a memory, feed-forward: ``torch.nn.TransformerDecoderLayer``.
+
+    As there, self-attention is causal only where ``causal`` or a mask makes it so. Arguments are
+    those of `encoder_layer`; ``memory_mask`` and ``memory_padding`` say what of the memory may be
+    attended to.
+
+    >>> import torch
+    >>> params = init_decoder_layer(random.key(0), width=8, heads=2, hidden=16)
+    >>> x, memory = torch.ones(3, 5, 8), torch.ones(3, 7, 8)
+    >>> decoder_layer(params, x, memory, heads=2, causal=True).shape
+    torch.Size([3, 5, 8])
+    """
+    found, keys = entries(params), _keys(key, dropout, 6)
+
+    def attend(x: Tensor) -> tuple[Tensor, None]:
+        outputs = attention(
+            found["self_attn"],
+            x,
+            heads=heads,
+            mask=mask,
+            causal=causal,
+            padding=padding,
+            dropout=dropout,
+            key=keys[0],
+            fused=fused,
+        )
+        return outputs, None
+
+    def attend_to_memory(x: Tensor) -> tuple[Tensor, None]:
+        outputs = attention(
+            found["multihead_attn"],
+            x,
+            memory,
+            heads=heads,
+            mask=memory_mask,
+            padding=memory_padding,
+            dropout=dropout,
+            key=keys[4],
+            fused=fused,
+        )
+        return outputs, None
+
+    def feed(x: Tensor) -> tuple[Tensor, None]:
+        return feed_forward(params, x, activation=activation, dropout=dropout, key=keys[2]), None
+
+    def normed(name: str, x: Tensor) -> Tensor:
+        return _norm(found[name], x, norm, eps)
+
+    x, _ = _part(x, attend, lambda x: normed("norm1", x), norm_first, dropout, keys[1])
+    x, _ = _part(x, attend_to_memory, lambda x: normed("norm2", x), norm_first, dropout, keys[5])
+    return _part(x, feed, lambda x: normed("norm3", x), norm_first, dropout, keys[3])[0]
+
+
+def _encode(
+    params: TensorDict,
+    x: Tensor,
+    attend: Callable[[Tensor], tuple[Tensor, _State]],
+    norm_first: bool,
+    activation: FeedForward,
+    norm: Norm,
+    eps: float | None,
+    dropout: Rate,
+    keys: tuple[Tensor | None, ...],
+) -> tuple[Tensor, _State]:
+    found = entries(params)
+
+    def feed(x: Tensor) -> tuple[Tensor, None]:
+        return feed_forward(params, x, activation=activation, dropout=dropout, key=keys[2]), None
+
+    def norm1(x: Tensor) -> Tensor:
+        return _norm(found["norm1"], x, norm, eps)
+
+    def norm2(x: Tensor) -> Tensor:
+        return _norm(found["norm2"], x, norm, eps)
+
+    x, state = _part(x, attend, norm1, norm_first, dropout, keys[1])
+    x, _ = _part(x, feed, norm2, norm_first, dropout, keys[3])
+    return x, state
+
+
+def _part(
+    x: Tensor,
+    f: Callable[[Tensor], tuple[Tensor, _State]],
+    norm: Callable[[Tensor], Tensor],
+    norm_first: bool,
+    dropout: Rate,
+    key: Tensor | None,
+) -> tuple[Tensor, _State]:
+    """A part of the layer within its shortcut, and the state that it gives."""
+    added, state = f(norm(x) if norm_first else x)
+    if key is not None:
+        added = drop(key, added, dropout)
+    x = x + added
+    return (x if norm_first else norm(x)), state
+
+
+def _keys(key: Tensor | None, dropout: Rate, num: int) -> tuple[Tensor | None, ...]:
+    """As many keys, all None where nothing is drawn."""
+    if key is None or not (isinstance(dropout, Tensor) or dropout > 0):
+        return (None,) * num
+    return random.split(key, num).unbind()
+
+
+def _init_norm(key: Key, width: int, norm: Norm, bias: bool, dtype: torch.dtype) -> TensorDict:
+    if norm == "rms":
+        return init_rms_norm(key, width, dtype=dtype)
+    return init_layer_norm(key, width, bias=bias, dtype=dtype)
+
+
+def _norm(params: TensorDict, x: Tensor, norm: Norm, eps: float | None) -> Tensor:
+    if norm == "rms":
+        return rms_norm(params, x, eps=eps)
+    return layer_norm(params, x, eps=1e-5 if eps is None else eps)

@@ -1,0 +1,293 @@
+"""A character language model on Tiny Shakespeare: a small GPT, and an LSTM beside it.
+
+Both are trained for the same number of steps on the same batches, measured on the whole last tenth
+of the text, and made to write. Training may be stopped at any time: the same command with
+``--resume`` goes on from the last checkpoint and ends with the same numbers. Run it with
+``uv run scripts/char_lm.py``; ``--help`` lists the flags.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from rich.console import Console
+from rich.progress import Progress, TextColumn
+from rich.table import Table
+from tensordict import TensorDict
+from torch import Tensor
+
+import funcnets
+from funcnets import models, optim, random, tree
+from funcnets.generation import generate
+
+URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+
+
+class Text(NamedTuple):
+    """A text as numbers: the first nine tenths and the last."""
+
+    characters: list[str]
+    train: Tensor
+    validation: Tensor
+
+    def encode(self, text: str) -> Tensor:
+        """The numbers of the characters; an unknown one is a ValueError."""
+        unknown = sorted(set(text) - set(self.characters))
+        if unknown:
+            raise ValueError(f"prompt: expected characters of the text, got {''.join(unknown)!r}")
+        return torch.tensor([self.characters.index(character) for character in text])
+
+    def decode(self, tokens: Tensor) -> str:
+        """The characters of the numbers."""
+        return "".join(self.characters[token] for token in tokens.tolist())
+
+
+class State(NamedTuple):
+    """All that changes in training, and a checkpoint holds."""
+
+    params: TensorDict
+    optimizer: Any
+    losses: Tensor  # of every step so far and to come
+    step: Tensor
+
+
+def read_text(path: Path | None, output: Path) -> Text:
+    """The text of a file; by default Tiny Shakespeare, which is downloaded once."""
+    if path is None:
+        path = output / "tinyshakespeare.txt"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(URL, str(path))
+    text = path.read_text(encoding="utf-8")
+    characters = sorted(set(text))
+    place = {character: i for i, character in enumerate(characters)}
+    tokens = torch.tensor([place[character] for character in text])
+    first = int(0.9 * len(tokens))
+    return Text(characters, tokens[:first], tokens[first:])
+
+
+def make_gpt(characters: int, flags: argparse.Namespace) -> tuple[Any, optim.Optimizer]:
+    """The GPT, and Muon for its matrices, Adam for the rest."""
+    model = models.gpt(
+        characters,
+        flags.context,
+        width=flags.width,
+        depth=flags.depth,
+        heads=flags.heads,
+        positions="rotary",
+        norm="rms",
+        activation="squared_relu",
+        normalize=True,
+        bias=False,
+        tied=False,
+        zero_init=True,
+    )
+
+    def hidden(path: tuple[str, ...], leaf: Tensor) -> bool:
+        return path[0] == "layers" and leaf.ndim == 2
+
+    return model, optim.by_path(
+        {hidden: optim.muon(rate(0.02, flags.steps), weight_decay=0.0)},
+        default=optim.adam(rate(3e-3, flags.steps), betas=(0.9, 0.95)),
+    )
+
+
+def make_lstm(characters: int, flags: argparse.Namespace) -> tuple[Any, optim.Optimizer]:
+    """An LSTM of about as many parameters, and AdamW."""
+    model = models.recurrent(
+        flags.width,
+        characters,
+        hidden_size=2 * flags.width,
+        num_layers=2,
+        cell="lstm",
+        output="each",
+        num_embeddings=characters,
+        orthogonal=True,
+        forget_bias=1.0,
+    )
+    adamw = optim.adamw(rate(5e-3, flags.steps), weight_decay=0.01)
+    return model, optim.chain(optim.clip_by_global_norm(1.0), adamw)
+
+
+NETWORKS = {"gpt": make_gpt, "lstm": make_lstm}
+
+
+def rate(peak: float, steps: int) -> optim.schedules.Schedule:
+    """A linear warm-up, then a straight line to zero."""
+    first = min(50, steps // 2)
+    return optim.schedules.warmup(optim.schedules.polynomial(peak, steps - first), first)
+
+
+def windows(key: random.Key, tokens: Tensor, batch: int, context: int) -> Tensor:
+    """Windows [batch, context + 1] from places drawn by the key."""
+    first = random.randint(key, (batch, 1), 0, len(tokens) - context)
+    return tokens[first + torch.arange(context + 1)]
+
+
+def loss(params: TensorDict, model: Any, text: Tensor) -> Tensor:
+    """The mean cross-entropy, in nats, of each character of [batch, time] from those before it."""
+    logits = model.apply(params, text[:, :-1])
+    return F.cross_entropy(rearrange(logits, "b t c -> (b t) c"), text[:, 1:].flatten())
+
+
+def evaluate(params: TensorDict, model: Any, tokens: Tensor, context: int) -> float:
+    """`loss` over all whole windows of a text, one after the other."""
+    count = (len(tokens) - 1) // context
+    starts = context * torch.arange(count)[:, None]
+    text = tokens[starts + torch.arange(context + 1)]
+    with torch.no_grad():
+        parts = [loss(params, model, part).item() * len(part) for part in text.split(256)]
+    return math.fsum(parts) / count
+
+
+def train(
+    name: str, text: Text, flags: argparse.Namespace, key: random.Key
+) -> tuple[Any, State, list[tuple[int, float]], float]:
+    """The model, its last state, the validation losses by step, and the seconds it took."""
+    model, optimizer = NETWORKS[name](len(text.characters), flags)
+    init_key, data_key = random.split(key)
+    params = model.init(init_key)
+    state = State(params, optimizer.init(params), torch.zeros(flags.steps), torch.tensor(0))
+    checkpoint = flags.output / f"{name}_checkpoint.safetensors"
+    told = {flag: getattr(flags, flag) for flag in ("steps", "batch", "context", "width", "seed")}
+    validation: list[tuple[int, float]] = []
+    seconds = 0.0
+    if flags.resume and checkpoint.exists():
+        state, held = read_checkpoint(checkpoint, state, told)
+        validation, seconds = [tuple(point) for point in held["validation"]], held["seconds"]
+
+    columns = (*Progress.get_default_columns(), TextColumn("{task.fields[loss]}"))
+    with Progress(*columns) as progress:
+        bar = progress.add_task(name, total=flags.steps, completed=int(state.step), loss="")
+        begin = time.perf_counter() - seconds
+        for step in range(int(state.step), flags.steps):
+            batch = windows(random.fold_in(data_key, step), text.train, flags.batch, flags.context)
+            grads, value = funcnets.grad_and_value(loss)(state.params, model, batch)
+            updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
+            params = optim.apply_updates(state.params, updates)
+            losses = torch.where(torch.arange(flags.steps) == step, value, state.losses)
+            state = State(params, optimizer_state, losses, torch.tensor(step + 1))
+            progress.update(bar, advance=1, loss=f"loss {value.item():.3f}")
+            if (step + 1) % flags.every == 0 or step + 1 == flags.steps:
+                found = evaluate(state.params, model, text.validation, flags.context)
+                validation.append((step + 1, found))
+                held = {"validation": validation, "seconds": time.perf_counter() - begin}
+                write_checkpoint(checkpoint, state, {**told, **held})
+        seconds = time.perf_counter() - begin
+    return model, state, validation, seconds
+
+
+def write_checkpoint(path: Path, state: State, metadata: dict[str, Any]) -> None:
+    """All of the state in one file, which is the old one or the new one at any moment."""
+    held = {str(i): leaf for i, leaf in enumerate(tree.leaves(state))}
+    funcnets.save(path, held, metadata=metadata)
+
+
+def read_checkpoint(path: Path, state: State, told: dict[str, Any]) -> tuple[State, dict[str, Any]]:
+    """The state of the file, shaped as the given one, and what else was written."""
+    metadata = funcnets.read_metadata(path)
+    if {name: metadata.get(name) for name in told} != told:
+        raise ValueError(f"{path.name}: expected a checkpoint of {told}, got {metadata}")
+    held = funcnets.load(path)[1]
+    leaves, structure = tree.flatten(state)
+    differing = tree.compare(held, {str(i): leaf for i, leaf in enumerate(leaves)})
+    if differing:
+        raise ValueError(f"{path.name}: {differing}")
+    return tree.unflatten(structure, [held[str(i)] for i in range(len(leaves))]), metadata
+
+
+def write(params: TensorDict, model: Any, text: Text, flags: argparse.Namespace) -> str:
+    """A text that the network continues from the prompt."""
+    prompt = text.encode(flags.prompt)[None]
+    with torch.no_grad():
+        generated = generate(
+            random.key(flags.seed),
+            partial(model.apply, params),
+            prompt,
+            flags.characters,
+            window=flags.context,
+            temperature=flags.temperature,
+        )
+    return text.decode(generated.tokens[0])
+
+
+def draw(path: Path, curves: dict[str, tuple[Tensor, list[tuple[int, float]]]]) -> None:
+    """The loss in training, smoothed, and in validation."""
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for i, (name, (losses, validation)) in enumerate(curves.items()):
+        width = max(1, len(losses) // 40)
+        smooth = F.avg_pool1d(losses[None], width, 1)[0]
+        steps = torch.arange(len(smooth)) + width
+        axes.plot(steps, smooth, color=f"C{i}", lw=1, label=f"{name}, training")
+        at, found = zip(*validation, strict=True)
+        axes.plot(at, found, "o--", color=f"C{i}", label=f"{name}, validation")
+    axes.set(xlabel="step", ylabel="nats per character", ylim=(None, 2.6))
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main() -> None:
+    """Trains, measures, writes and draws."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    parser.add_argument("--data", type=Path, help="a text file; by default Tiny Shakespeare")
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--batch", type=int, default=12)
+    parser.add_argument("--context", type=int, default=64, help="characters seen at once")
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--depth", type=int, default=4, help="of the GPT")
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--every", type=int, default=500, help="steps between checkpoints")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    parser.add_argument("--prompt", default="ROMEO:\n", help="what the networks continue")
+    parser.add_argument("--characters", type=int, default=400, help="to be written")
+    parser.add_argument("--temperature", type=float, default=0.8)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=Path("outputs/char_lm"))
+    flags = parser.parse_args()
+    console = Console()
+    text = read_text(flags.data, flags.output)
+    flags.output.mkdir(parents=True, exist_ok=True)
+
+    table = Table(title=f"loss on the last tenth after {flags.steps} steps")
+    for column in ("", "parameters", "nats per character", "bits", "seconds", "characters / s"):
+        table.add_column(column, justify="left" if not column else "right")
+    curves, texts = {}, {}
+    for name in flags.networks:
+        model, state, validation, seconds = train(name, text, flags, random.key(flags.seed))
+        curves[name] = state.losses, validation
+        texts[name] = write(state.params, model, text, flags)
+        funcnets.save(flags.output / f"{name}.safetensors", state.params, model)
+        found = validation[-1][1]
+        seen = flags.steps * flags.batch * flags.context
+        count = tree.count(state.params)
+        table.add_row(
+            name,
+            f"{count:,}",
+            f"{found:.4f}",
+            f"{found / math.log(2):.3f}",
+            f"{seconds:.0f}",
+            f"{seen / seconds:,.0f}",
+        )
+    console.print(table)
+    for name, written in texts.items():
+        console.rule(name)
+        console.print(written, markup=False, highlight=False)
+    draw(flags.output / "losses.png", curves)
+
+
+if __name__ == "__main__":
+    main()
