@@ -1,6 +1,6 @@
 """Purely functional neural networks for PyTorch: parameter trees and pure functions."""
 
-from funcnets import data, layers, losses, metrics, models, optim, random, tree
+from funcnets import data, generation, layers, losses, metrics, models, optim, random, tree
 from funcnets.compile import compile
 from funcnets.control import cond, remat, route, scan, switch, while_loop
 from funcnets.gradients import grad, grad_and_value
@@ -15,6 +15,7 @@ __all__ = [
     "compile",
     "cond",
     "data",
+    "generation",
     "grad",
     "grad_and_value",
     "grow",

@@ -1,6 +1,7 @@
 """Settings of the whole suite: the Hypothesis profile, and signatures checked at run time."""
 
 import os
+from pathlib import Path
 
 import hypothesis
 
@@ -10,7 +11,14 @@ UNCHECKED = os.environ.get("FUNCNETS_UNCHECKED") == "1"
 if not UNCHECKED:
     from jaxtyping import install_import_hook
 
-    install_import_hook("funcnets", "beartype.beartype")
+    # All modules but one: what flattens trees is called at every turn, and takes anything.
+    package = Path(__file__).parents[1] / "funcnets"
+    modules = [
+        ".".join(path.relative_to(package.parent).with_suffix("").parts)
+        for path in package.rglob("*.py")
+    ]
+    modules.remove("funcnets.tree.flatten")
+    install_import_hook(modules, "beartype.beartype")
 
 import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
@@ -26,6 +34,10 @@ hypothesis.settings.load_profile("ci")
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # one worker a core: threads of two would wait for each other
+
+
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="the largest networks' derivatives, too")
 
 
 def pytest_collection_modifyitems(config, items):

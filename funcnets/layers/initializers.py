@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -45,13 +46,7 @@ def constant(value: float) -> Initializer:
     >>> constant(0.5)(random.key(0), (2,))
     tensor([0.5000, 0.5000])
     """
-
-    def init(
-        key: Key, shape: Sequence[int], dtype: torch.dtype = torch.float32
-    ) -> Float[Tensor, "*shape"]:
-        return torch.full(tuple(shape), value, dtype=dtype, device=key.device)
-
-    return init
+    return partial(_constant, value)
 
 
 def zeros() -> Initializer:
@@ -66,24 +61,12 @@ def ones() -> Initializer:
 
 def uniform(low: float = 0.0, high: float = 1.0) -> Initializer:
     """Uniform in [low, high)."""
-
-    def init(
-        key: Key, shape: Sequence[int], dtype: torch.dtype = torch.float32
-    ) -> Float[Tensor, "*shape"]:
-        return random.uniform(key, shape, low, high, dtype)
-
-    return init
+    return partial(_uniform, low, high)
 
 
 def normal(mean: float = 0.0, std: float = 1.0) -> Initializer:
     """Normal with this mean and standard deviation."""
-
-    def init(
-        key: Key, shape: Sequence[int], dtype: torch.dtype = torch.float32
-    ) -> Float[Tensor, "*shape"]:
-        return random.normal(key, shape, mean, std, dtype)
-
-    return init
+    return partial(_normal, mean, std)
 
 
 def truncated_normal(
@@ -263,3 +246,22 @@ def _register() -> None:
 
 
 _register()
+
+
+# The commonest, at the top of the module: in tests every function made anew is checked anew.
+def _constant(
+    value: float, key: Key, shape: Sequence[int], dtype: torch.dtype = torch.float32
+) -> Float[Tensor, "*shape"]:
+    return torch.full(tuple(shape), value, dtype=dtype, device=key.device)
+
+
+def _uniform(
+    low: float, high: float, key: Key, shape: Sequence[int], dtype: torch.dtype = torch.float32
+) -> Float[Tensor, "*shape"]:
+    return random.uniform(key, shape, low, high, dtype)
+
+
+def _normal(
+    mean: float, std: float, key: Key, shape: Sequence[int], dtype: torch.dtype = torch.float32
+) -> Float[Tensor, "*shape"]:
+    return random.normal(key, shape, mean, std, dtype)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from funcnets import _torch, random, tree
-from funcnets.control import route
+from funcnets.control.route import route
 from funcnets.layers.attention import check_padding
 from funcnets.layers.feed_forward import FeedForward, feed_forward, init_feed_forward
 from funcnets.layers.linear import init_linear, linear

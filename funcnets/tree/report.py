@@ -163,18 +163,18 @@ def _is_hollow(tree: Any) -> bool:
 
 def _names(held: list[tuple[Path, Any]], dtype: bool) -> str:
     """``[10]`` for a leaf, ``weight [10, 128], bias [10]`` for the leaves of a subtree."""
-
-    def shape(leaf: Any) -> str:
-        if not hasattr(leaf, "shape"):
-            return describe(leaf)
-        name = str(leaf.dtype).removeprefix("torch.") if dtype else ""
-        return f"{name}{list(leaf.shape)}"
-
     if len(held) == 1 and not held[0][0]:
-        return shape(held[0][1])
-    shown = [f"{join(path)} {shape(leaf)}" for path, leaf in held[:_MOST_NAMES]]
+        return _shape(held[0][1], dtype)
+    shown = [f"{join(path)} {_shape(leaf, dtype)}" for path, leaf in held[:_MOST_NAMES]]
     more = len(held) - len(shown)
     return ", ".join(shown) + (f" and {more} more" if more else "") or "a subtree without leaves"
+
+
+def _shape(leaf: Any, dtype: bool) -> str:
+    if not hasattr(leaf, "shape"):
+        return describe(leaf)
+    name = str(leaf.dtype).removeprefix("torch.") if dtype else ""
+    return f"{name}{list(leaf.shape)}"
 
 
 def _bytes(size: float) -> str:
