@@ -4,7 +4,7 @@ The network of ``quickstart.py`` learns the digits first. Then two Vision Transf
 beginning see the same images in the same order: one learns from the labels, the other also from the
 probabilities of the first network (Hinton et al. 2015). A table compares the three, and a figure
 shows where the transformers' class token looks. Run it with ``uv run scripts/vit_digits.py``; it
-takes about two minutes.
+takes a minute and a half.
 """
 
 from __future__ import annotations

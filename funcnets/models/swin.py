@@ -373,7 +373,9 @@ def block(
         else:
             y = layer_norm(params[norm], branch(x))
         if row_key is not None and drop_rate > 0:
-            y = layers.stochastic_depth(row_key, y, drop_rate, "row")
+            # A factor for each sample: one pass over the branch.
+            rows = torch.ones((y.shape[0], 1, 1, 1), dtype=y.dtype, device=y.device)
+            y = y * layers.stochastic_depth(row_key, rows, drop_rate, "row")
         x = x + y
     return tap(name, x)
 
