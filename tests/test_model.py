@@ -4,11 +4,12 @@ import dataclasses
 
 import pytest
 import torch
+import torchvision
 from tensordict import TensorDict
 from torch.func import grad, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from funcnets import random, tree
+from funcnets import models, random, tree
 from funcnets.model import Model, bind, parameter_specs
 
 
@@ -213,3 +214,17 @@ def test_more_models_than_dynamo_compiles_of_one_code_object():
         params = model.init(random.key(0))
         compiled = torch.compile(model.apply, fullgraph=True, backend="eager")
         assert torch.equal(compiled(params, X), model.apply(params, X))
+
+
+def test_a_state_dict_as_torch_gives_it_will_do():
+    with torch.random.fork_rng():
+        module = torchvision.models.resnet18(num_classes=3).eval()
+    model = models.resnet18(num_classes=3)
+    raw = TensorDict(module.state_dict()).unflatten_keys(".")
+    assert raw["bn1", "num_batches_tracked"].shape == ()
+    x = random.normal(random.key(0), (2, 3, 32, 32))
+    expected = model.apply(tree.from_module(module), x)
+    torch.testing.assert_close(model.apply(raw, x), expected, rtol=0, atol=0)
+    buffers = model.apply(raw, x, train=True)[1]
+    assert not tree.compare(buffers, tree.partition(tree.from_module(module))[1])
+    torch.testing.assert_close(expected, module(x).detach())

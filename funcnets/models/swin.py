@@ -7,7 +7,7 @@ what one block keeps apart the next brings together.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from tensordict import TensorDict
 from torch import Tensor
 
-from funcnets import layers, pretrained, random, tree
+from funcnets import layers, random
 from funcnets.layers import (
     conv,
     init_conv,
@@ -32,10 +32,7 @@ from funcnets.model import Model, bind
 from funcnets.models import blocks
 from funcnets.models.stages import check_scale
 from funcnets.taps import Taps, TapsLike
-from funcnets.tree.flatten import entries
 
-# What torchvision keeps in its state_dicts, and the size of the windows tells already.
-CONSTANTS = ("relative_position_index", "relative_coords_table")
 HIDDEN = 512  # of the network that gives the second version its relative biases
 INIT: dict[str, Any] = {
     "weight_init": initializers.truncated_normal(std=0.02),
@@ -168,7 +165,7 @@ def swin(
         stochastic_depth,
         version,
     )
-    return _lenient(bind("swin", config, init, forward))
+    return bind("swin", config, init, forward)
 
 
 def swin_t(num_classes: int = 1000, **options: Any) -> Model:
@@ -550,45 +547,3 @@ def merge(
     if version == 1:
         return linear(params["reduction"], layer_norm(params["norm"], x))
     return layer_norm(params["norm"], linear(params["reduction"], x))
-
-
-class _Swin(Model):
-    """A model for whose parameters torchvision's constants are of no account."""
-
-    def from_torchvision(
-        self,
-        weights: Any,
-        key: random.Key | None = None,
-        fresh: str | Sequence[str] | Callable[..., bool] = (),
-    ) -> Any:
-        """See `funcnets.Model.from_torchvision`."""
-        held = pretrained._state_dict(weights)
-        kept = {n: t for n, t in held.items() if n.rpartition(".")[2] not in CONSTANTS}
-        return super().from_torchvision(kept, key, fresh)
-
-
-def _lenient(model: Model) -> Model:
-    """The model that also takes trees with torchvision's constants."""
-
-    def apply(
-        params: Any,
-        *inputs: Any,
-        train: bool = False,
-        key: Any = None,
-        taps: TapsLike = (),
-    ) -> Any:
-        # Under Dynamo names are not compared, and what is not read does no harm.
-        if not torch.compiler.is_dynamo_compiling() and _has_constants(params):
-            params = tree.partition(params, lambda path, _: path[-1] in CONSTANTS)[1]
-        return model.apply(params, *inputs, train=train, key=key, taps=taps)
-
-    # As in `bind`: Dynamo counts by code object how often it has compiled.
-    apply.__code__ = apply.__code__.replace(co_name="swin")
-    return _Swin(model.init, apply, model.family, model.config)
-
-
-def _has_constants(params: Any) -> bool:
-    """Whether the first block has any."""
-    for name in ("features", "1", "0", "attn"):
-        params = (entries(params) or {}).get(name, {})
-    return any(name in (entries(params) or {}) for name in CONSTANTS)

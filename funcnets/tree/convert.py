@@ -6,8 +6,9 @@ The names of a tree are those of a state_dict, split at the dots. Two things are
   holds a shared tensor once, under the first of the names, and the functions read it twice: else it
   would be counted, optimised and, after the first step, different twice. On the way out the tied
   names are filled in again, for the module (or its state_dict) tells which they are.
-- Counters. Integers of shape [], such as ``num_batches_tracked``, play no part in what a network
-  computes. They are dropped on the way in, and on the way out are what the target has.
+- Counters and constants. Integers of shape [], such as ``num_batches_tracked``, play no part in
+  what a network computes, and some modules keep tables that follow from their sizes. They are
+  dropped on the way in, and on the way out are what the target has.
 """
 
 from __future__ import annotations
@@ -22,6 +23,10 @@ from torch.nn.parameter import is_lazy
 
 from funcnets.tree.flatten import Tree, describe, entries, leaves_with_path, map_with_path
 from funcnets.tree.report import Differences, check, compare
+from funcnets.tree.select import partition
+
+# Of torchvision's Swin Transformers.
+CONSTANTS = frozenset({"relative_position_index", "relative_coords_table"})
 
 
 def from_module(module: nn.Module) -> TensorDict:
@@ -37,7 +42,7 @@ def from_state_dict(state_dict: Mapping[str, Any]) -> TensorDict:
     """The tree of a state_dict, of copies of its tensors.
 
     Of names that hold the same memory, as those of tied weights do, the first is kept; integers of
-    shape [] are dropped.
+    shape [] and torchvision's constant tables are dropped.
 
     Raises:
         TypeError: for an entry that is no tensor.
@@ -53,7 +58,7 @@ def from_state_dict(state_dict: Mapping[str, Any]) -> TensorDict:
             {
                 name: tensor.detach().clone()
                 for name, tensor in state_dict.items()
-                if name not in tied and not _is_counter(tensor)
+                if name not in tied and not _is_aside(name, tensor)
             }
         )
     )
@@ -67,7 +72,7 @@ def to_state_dict(
     Args:
         params: a parameter tree of batch size [].
         like: the module, or a state_dict of it, that the result is for: then all its names are
-            there, tied names and counters (with the values they have in ``like``) included.
+            there, tied names, counters and constants (with the values of ``like``) included.
 
     Raises:
         ValueError: where ``params`` does not have the names and shapes of ``like``.
@@ -85,11 +90,11 @@ def to_state_dict(
         return held
     target = like.state_dict(keep_vars=True) if isinstance(like, nn.Module) else like
     tied = _tied(target)
-    counters = {n for n, tensor in target.items() if _is_counter(tensor) and n not in held}
-    expected = {n: t for n, t in target.items() if n not in tied and n not in counters}
+    aside = {n for n, tensor in target.items() if _is_aside(n, tensor) and n not in held}
+    expected = {n: t for n, t in target.items() if n not in tied and n not in aside}
     check(params, nest(expected))
     return {
-        name: target[name].detach().clone() if name in counters else held[tied.get(name, name)]
+        name: target[name].detach().clone() if name in aside else held[tied.get(name, name)]
         for name in target
     }
 
@@ -97,7 +102,7 @@ def to_state_dict(
 def to_module(params: Tree, module: nn.Module) -> None:
     """Copies a tree into the parameters and buffers of a module, in place.
 
-    The values take the dtypes and devices of the module; counters keep their values.
+    The values take the dtypes and devices of the module; counters and constants keep their values.
 
     Raises:
         ValueError: where ``params`` does not have the names and shapes of the module, which is then
@@ -163,7 +168,19 @@ def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
     return nested
 
 
-def _is_counter(tensor: Any) -> bool:
+def without_counters(params: Tree) -> Tree:
+    """The tree without counters and constants, which a state_dict has and no function reads.
+
+    >>> state = nn.BatchNorm1d(3, affine=False).state_dict()
+    >>> list(without_counters(TensorDict(state)).keys())
+    ['running_mean', 'running_var']
+    """
+    return partition(params, lambda path, leaf: _is_aside(path[-1], leaf))[1]
+
+
+def _is_aside(name: str, tensor: Any) -> bool:
+    if name.rpartition(".")[2] in CONSTANTS:
+        return True
     if not isinstance(tensor, Tensor) or tensor.ndim:
         return False
     return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)

@@ -16,7 +16,8 @@ from torchvision.models import SwinTransformer
 from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformerBlockV2
 
 from funcnets import layers, models, random, tree
-from funcnets.models.swin import CONSTANTS, merge, relative_index, window_attention, windows_of
+from funcnets.models.swin import merge, relative_index, window_attention, windows_of
+from funcnets.tree.convert import CONSTANTS
 
 KEY = random.key(13)
 SMALL = {"patch_size": 1, "width": 4, "window": 2, "mlp_ratio": 1.0}

@@ -14,7 +14,6 @@ from torchvision.ops import StochasticDepth
 
 from funcnets import grad, models, random, tree
 from funcnets.model import Model
-from funcnets.models.swin import CONSTANTS
 
 KEY = random.key(5)
 
@@ -144,11 +143,6 @@ def make_module(name: str, case: Constructor) -> nn.Module:
     return module
 
 
-def without_constants(held: Any) -> Any:
-    """The tree without what our Swin Transformers make anew."""
-    return tree.partition(held, lambda path, _: path[-1] in CONSTANTS)[1]
-
-
 @pytest.mark.parametrize("name", CONSTRUCTORS)
 def test_equals_torchvision(name, request):
     case = CONSTRUCTORS[name]
@@ -180,7 +174,7 @@ def test_equals_torchvision(name, request):
         scale = parameter.grad.abs().max().clamp(min=1e-12)
         error = (gradient - parameter.grad).abs().max()
         assert error <= 1e-6 * scale + 1e-9, f"{place}: {error} of {scale}"
-    wanted = without_constants(tree.from_state_dict(dict(module.named_buffers())))
+    wanted = tree.from_state_dict(dict(module.named_buffers()))
     assert not tree.compare(new, wanted)
     tree.map(lambda a, b: torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6), new, wanted)
 
@@ -192,4 +186,4 @@ def test_has_as_many_parameters_as_torchvision(name):
         module = getattr(torchvision.models, name)()
     model = getattr(models, name)()
     params = model.init(random.key(0, device="meta"))
-    assert not tree.compare(params, without_constants(tree.from_module(module)))
+    assert not tree.compare(params, tree.from_module(module))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torchvision.models import SwinTransformer, VisionTransformer
 from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformerBlockV2
 
-from funcnets.models.swin import CONSTANTS
+from funcnets.tree.convert import CONSTANTS
 
 
 class MeanViT(VisionTransformer):

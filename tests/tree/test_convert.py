@@ -76,7 +76,7 @@ def test_there_and_back(module, request):
     assert equal(tree.to_state_dict(whole, module.state_dict()), before)
     with torch.no_grad():
         for name, tensor in module.state_dict().items():
-            if not name.endswith("num_batches_tracked"):
+            if not name.endswith(("num_batches_tracked", "relative_position_index")):
                 tensor.zero_()
     tree.to_module(whole, module)
     assert equal(module.state_dict(), before)
@@ -132,11 +132,14 @@ def test_tied_weights_are_held_once():
     assert state["head.weight"] is state["embed.weight"]
 
 
-def test_integer_buffers_stay():
-    whole = tree.from_module(build("swin"))
-    indices = [leaf for path, leaf in tree.leaves_with_path(whole) if "index" in path[-1]]
-    assert indices
-    assert all(leaf.dtype == torch.int64 for leaf in indices)
+def test_integer_buffers_stay_but_for_counters_and_constants():
+    module = build("swin")
+    for part in module.modules():
+        part.register_buffer("table", torch.arange(3))
+    names = [path[-1] for path, _ in tree.leaves_with_path(tree.from_module(module))]
+    assert names.count("table") == sum(1 for _ in module.modules())
+    assert "relative_position_index" in {n.rpartition(".")[2] for n in module.state_dict()}
+    assert "relative_position_index" not in names
 
 
 def test_meta_modules_have_no_ties():
