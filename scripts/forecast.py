@@ -1,0 +1,336 @@
+"""Forecasts of the oil temperature of a transformer station, hours to weeks ahead (ETTh1).
+
+From the last two weeks of hourly values to the next day, week or two weeks (``--horizon``), by a
+GRU, an LSTM and a small Transformer, each an ensemble trained at once by vmap, against ridge
+regression and persistence. All but persistence see the window less its last value and forecast the
+difference from it; the networks read the window day by day, beside a linear map of its hours. The
+split is the usual one of 12, 4 and 4 months; nothing of the test months is used before the end.
+Run it with ``uv run scripts/forecast.py``; ``--help`` lists the flags.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+import torch.nn.functional as F
+from einops import rearrange, reduce
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from tensordict import TensorDict
+from torch import Tensor
+from torch.func import grad, vmap
+from torchvision.datasets.utils import download_url
+
+from funcnets import Model, layers, models, optim, random, tree
+
+URL = "https://raw.githubusercontent.com/zhouhaoyi/ETDataset/main/ETT-small/ETTh1.csv"
+DAY, MONTH = 24, 30 * 24
+# The hours at which training, validation and test end.
+ENDS = 12 * MONTH, 16 * MONTH, 20 * MONTH
+WIDTH, DROPOUT, BATCH = 16, 0.5, 128
+SHRINKAGE = 0.003  # the penalty on the linear map beside the network
+PENALTIES = [10.0**power for power in range(5)]
+
+
+class Windows(NamedTuple):
+    """Every window of one part of the series, and what came after each.
+
+    Attributes:
+        past: [windows, hours].
+        future: [windows, horizon].
+    """
+
+    past: Tensor
+    future: Tensor
+
+
+def read(path: Path) -> Tensor:
+    """The oil temperature at each hour, standardised by its first twelve months."""
+    with path.open(newline="") as file:
+        values = torch.tensor([float(row["OT"]) for row in csv.DictReader(file)])
+    training = values[: ENDS[0]]
+    return (values - training.mean()) / training.std()
+
+
+def windows(series: Tensor, start: int, end: int, window: int, horizon: int) -> Windows:
+    """All windows whose futures lie within the hours from start to end."""
+    past = series[start - window : end - horizon].unfold(0, window, 1)
+    return Windows(past, series[start:end].unfold(0, horizon, 1))
+
+
+def ridge(train: Windows, penalty: float) -> Callable[[Tensor], Tensor]:
+    """Linear regression of the difference from the last value, in float64."""
+    last = train.past[:, -1:]
+    past, future = (train.past - last).double(), (train.future - last).double()
+    centre, mean = past.mean(0), future.mean(0)
+    gram = (past - centre).T @ (past - centre) + penalty * torch.eye(past.shape[1])
+    weight = torch.linalg.solve(gram, (past - centre).T @ (future - mean))
+
+    def forecast(past: Tensor) -> Tensor:
+        last = past[:, -1:]
+        return (((past - last).double() - centre) @ weight + mean).float() + last
+
+    return forecast
+
+
+def transformer(horizon: int, days: int) -> Model:
+    """One encoder layer over the days, [batch, days, 24] to [batch, horizon]."""
+    width, heads = 2 * WIDTH, 2
+
+    def init(key: random.Key) -> TensorDict:
+        embed_key, position_key, layer_key, head_key = random.split(key, 4).unbind()
+        return TensorDict(
+            {
+                "embed": layers.init_linear(embed_key, DAY, width),
+                "positions": layers.init_embedding(position_key, days, width),
+                "layer": layers.init_encoder_layer(layer_key, width, heads, 2 * width),
+                "head": layers.init_linear(head_key, width, horizon),
+            }
+        )
+
+    def apply(params: TensorDict, x: Tensor, *, train: bool = False, key: Any = None) -> Any:
+        layer_key, head_key = (None, None) if key is None else random.split(key).unbind()
+        x = layers.linear(params["embed"], x) + params["positions", "weight"]
+        x = layers.encoder_layer(
+            params["layer"], x, heads=heads, norm_first=True, dropout=DROPOUT, key=layer_key
+        )
+        x = reduce(x, "batch days width -> batch width", "mean")
+        x = x if head_key is None else layers.dropout(head_key, x, DROPOUT)
+        return layers.finish(layers.linear(params["head"], x), {}, train)
+
+    return Model(init, apply)
+
+
+def networks(horizon: int, days: int) -> dict[str, Model]:
+    """What is compared, each from days [batch, days, 24] to [batch, horizon]."""
+    options: dict[str, Any] = {"dropout": DROPOUT}
+    return {
+        "GRU": models.recurrent(DAY, horizon, WIDTH, **options),
+        "LSTM": models.recurrent(DAY, horizon, WIDTH, cell="lstm", forget_bias=1.0, **options),
+        "Transformer": transformer(horizon, days),
+    }
+
+
+def forecaster(network: Model, window: int, horizon: int) -> Model:
+    """The network beside a linear map, both of which begin at zero: at persistence."""
+
+    def init(key: random.Key) -> TensorDict:
+        params = TensorDict(
+            {"network": network.init(key), "linear": layers.init_linear(key, window, horizon)}
+        )
+        nothing = tree.map(torch.zeros_like, (params["network", "head"], params["linear"]))
+        params["network", "head"], params["linear"] = nothing
+        return params
+
+    def apply(params: TensorDict, past: Tensor, *, train: bool = False, key: Any = None) -> Any:
+        last = past[:, -1:]
+        days = rearrange(past - last, "batch (days hours) -> batch days hours", hours=DAY)
+        outputs, buffers = layers.with_buffers(
+            network.apply, params["network"], days, train=train, key=key
+        )
+        outputs = outputs + layers.linear(params["linear"], past - last) + last
+        return layers.finish(outputs, {} if buffers is None else buffers, train)
+
+    return Model(init, apply)
+
+
+def train(
+    model: Model,
+    known: Windows,
+    validation: Windows,
+    *,
+    members: int,
+    epochs: int,
+    key: random.Key,
+    advance: Callable[[], None],
+) -> TensorDict:
+    """An ensemble, each member as it was after the epoch that was its best in validation."""
+    per_epoch = len(known.past) // BATCH
+    init_key, order_key, step_key = random.split(key, 3).unbind()
+    optimizer = optim.adamw(
+        optim.schedules.cosine(1e-3, steps=per_epoch * epochs), weight_decay=1.0
+    )
+
+    def loss(params: TensorDict, batch: Windows, key: random.Key) -> Tensor:
+        outputs, _ = model.apply(params, batch.past, train=True, key=key)
+        penalty = SHRINKAGE * params["linear", "weight"].square().sum()
+        return F.huber_loss(outputs, batch.future, delta=0.5) + penalty
+
+    def step(
+        params: TensorDict, state: Any, batch: Windows, key: random.Key
+    ) -> tuple[TensorDict, Any]:
+        gradients = grad(loss)(params, batch, key)
+        updates, state = optimizer.update(gradients, state, params)
+        return optim.apply_updates(params, updates), state
+
+    params = vmap(model.init)(random.split(init_key, members))
+    state = vmap(optimizer.init)(params)
+    best, lowest = params, torch.full((members,), float("inf"))
+    for epoch in range(epochs):
+        keys = random.split(random.fold_in(order_key, epoch), members).unbind()
+        orders = torch.stack([random.permutation(one, len(known.past)) for one in keys])
+        for i in range(per_epoch):
+            chosen = orders[:, i * BATCH : (i + 1) * BATCH]
+            samples = tree.map(lambda part, chosen=chosen: part[chosen], known)
+            draws = random.split(random.fold_in(step_key, epoch * per_epoch + i), members)
+            params, state = vmap(step)(params, state, samples, draws)
+            advance()
+        errors = (predict(model, params, validation.past) - validation.future).square()
+        error = reduce(errors, "members windows hours -> members", "mean")
+        better = error < lowest
+        lowest = torch.where(better, error, lowest)
+        best = vmap(lambda yes, *both: tree.map(lambda n, o: torch.where(yes, n, o), *both))(
+            better, params, best
+        )
+    return best
+
+
+def predict(model: Model, params: TensorDict, past: Tensor) -> Tensor:
+    """The forecasts of every member, [members, windows, horizon]."""
+    with torch.no_grad():
+        parts = [vmap(model.apply, (0, None))(params, part) for part in past.split(1024)]
+    return torch.cat(parts, 1)
+
+
+def draw(
+    path: Path,
+    series: Tensor,
+    start: int,
+    window: int,
+    forecasts: dict[str, Tensor],
+    mean: Tensor,
+    width: Tensor,
+) -> None:
+    """Four windows of the test months: what was, the forecasts, and the networks' interval."""
+    horizon, count = mean.shape[1], len(mean)
+    figure, axes = plt.subplots(2, 2, figsize=(13, 7), layout="constrained")
+    shown = min(window, 2 * horizon)
+    for i, plot in enumerate(axes.flat):
+        at = (2 * i + 1) * count // 8
+        before, ahead = range(-shown, 0), range(horizon)
+        now = start + at
+        plot.plot(before, series[now - shown : now], color="black", linewidth=1)
+        plot.plot(ahead, series[now : now + horizon], color="black", linewidth=1, label="what came")
+        for name, forecast in forecasts.items():
+            plot.plot(ahead, forecast[at], linewidth=1, label=name)
+        low, high = mean[at] - width[at], mean[at] + width[at]
+        plot.fill_between(ahead, low, high, alpha=0.2, label="90 % interval")
+        plot.set(xlabel="hours from now", ylabel="oil temperature, standardised")
+    axes[0, 0].legend(fontsize="small")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main() -> None:
+    """Trains, compares and draws."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, help="ETTh1.csv; by default it is downloaded")
+    parser.add_argument("--horizon", type=int, default=24, help="hours ahead: 24, 168, 336, ...")
+    parser.add_argument("--days", type=int, default=14, help="how many the forecast is made from")
+    parser.add_argument("--members", type=int, default=8, help="of each ensemble")
+    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=Path("outputs/forecast"))
+    flags = parser.parse_args()
+    console, begin = Console(), time.perf_counter()
+
+    path = flags.data
+    if path is None:
+        path = Path("data/ETTh1.csv")
+        download_url(URL, str(path.parent), path.name)
+    series, window = read(path), flags.days * DAY
+    starts = (window, *ENDS[:2])
+    known, validation, test = (
+        windows(series, start, end, window, flags.horizon)
+        for start, end in zip(starts, ENDS, strict=True)
+    )
+    console.print(
+        f"{len(known.past)} windows of {window} hours to train on, {len(validation.past)} for "
+        f"validation, {len(test.past)} for the test; {flags.horizon} hours ahead"
+    )
+
+    def error(forecast: Tensor, truth: Tensor) -> float:
+        return float((forecast - truth).square().mean())
+
+    fits = [ridge(known, penalty) for penalty in PENALTIES]
+    fit = min(fits, key=lambda fit: error(fit(validation.past), validation.future))
+    forecasts = {"persistence": test.past[:, -1:].expand_as(test.future), "ridge": fit(test.past)}
+    at_validation: list[Tensor] = []
+    spread: list[Tensor] = []
+    alone: dict[str, tuple[float, float]] = {}
+    chosen = networks(flags.horizon, flags.days)
+    steps = len(known.past) // BATCH * flags.epochs
+    with Progress(console=console) as progress:
+        bar = progress.add_task("", total=len(chosen) * steps)
+        for i, (name, network) in enumerate(chosen.items()):
+            progress.update(bar, description=name)
+            model = forecaster(network, window, flags.horizon)
+            params = train(
+                model,
+                known,
+                validation,
+                members=flags.members,
+                epochs=flags.epochs,
+                key=random.fold_in(random.key(flags.seed), i),
+                advance=lambda: progress.advance(bar),
+            )
+            at_validation.append(predict(model, params, validation.past).mean(0))
+            members = predict(model, params, test.past)
+            forecasts[name] = members.mean(0)
+            spread.append(members.var(0, correction=0))
+            alone[name] = (
+                float((members - test.future).square().mean()),
+                float((members - test.future).abs().mean()),
+            )
+    expected = torch.stack(at_validation).mean(0)
+    own = torch.stack([forecasts[name] for name in chosen])
+    forecasts["all networks"] = own.mean(0)
+    variance = own.var(0) + torch.stack(spread).mean(0)
+
+    table = Table(title=f"errors in the test, {flags.horizon} hours ahead")
+    for column in ("", "squared", "absolute", "one alone", "one alone, absolute"):
+        table.add_column(column, justify="right" if table.columns else "left")
+    for name, forecast in forecasts.items():
+        absolute = float((forecast - test.future).abs().mean())
+        cells = [f"{each:.4f}" for each in alone.get(name, ())]
+        cells = [f"{error(forecast, test.future):.5f}", f"{absolute:.4f}", *(cells or ("", ""))]
+        table.add_row(name, *cells)
+    console.print(table)
+
+    # The interval has the variance of the members, and that of the errors in validation, by hour.
+    best = forecasts["all networks"]
+    residual = (expected - validation.future).square().mean(0)
+    width = 1.645 * (variance + residual).sqrt()
+    inside = float(((best - test.future).abs() <= width).float().mean())
+    gain = 1 - error(best, test.future) / error(forecasts["ridge"], test.future)
+    console.print(
+        f"the mean of all networks: its squared error is {100 * gain:.1f} % below that of ridge "
+        f"regression, and {100 * inside:.0f} % of what came lies in its 90 % interval"
+    )
+    flags.output.mkdir(parents=True, exist_ok=True)
+    figure = flags.output / f"forecast_{flags.horizon}.png"
+    draw(
+        figure,
+        series,
+        ENDS[1],
+        window,
+        {name: forecasts[name] for name in ("ridge", "all networks")},
+        best,
+        width,
+    )
+    console.print(f"figure in {figure}; {time.perf_counter() - begin:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
