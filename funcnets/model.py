@@ -117,9 +117,7 @@ def bind(family: str, config: Any, init: Callable[..., Any], forward: Callable[.
     ) -> Any:
         # Under Dynamo the check would be traced for nothing: the operators check there.
         if not torch.compiler.is_dynamo_compiling() and not _fits(params, expected()[1]):
-            # It may be a state_dict as torch gives it, with what no function reads.
-            if entries(params) is not None:
-                params = without_counters(params)
+            params = without_counters(params)  # of a state_dict as torch gives it
             check_parameters(params, expected()[0])
         if taps:
             named["taps"] = taps

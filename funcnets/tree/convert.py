@@ -175,6 +175,10 @@ def without_counters(params: Tree) -> Tree:
     >>> list(without_counters(TensorDict(state)).keys())
     ['running_mean', 'running_var']
     """
+    if entries(params) is None or not any(
+        _is_aside(path[-1], leaf) for path, leaf in leaves_with_path(params)
+    ):
+        return params
     return partition(params, lambda path, leaf: _is_aside(path[-1], leaf))[1]
 
 

@@ -20,6 +20,11 @@ from torch.func import grad, vjp, vmap
 
 from funcnets import compile, load, models, random, save, tree
 
+# The first case of each family, and those of another way through it: compiling takes seconds.
+COMPILED = {case.model.family: name for name, case in reversed(CASES.items())}
+OTHERS = ["residual_mlp_stacked", "densenet_remat", "gpt_rotary", "seq2seq_tokens"]
+
+every_way = pytest.mark.parametrize("name", [*COMPILED.values(), *OTHERS])
 every_model = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 modes = pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
 KEY = random.key(7)
@@ -231,8 +236,9 @@ def test_per_sample_gradients_equal_the_loop(case):
         close(sample_of(gradients, i), grad(loss)(params, sample_of(inputs, i)))
 
 
-@every_model
-def test_a_compiled_step_equals_eager(case):
+@every_way
+def test_a_compiled_step_equals_eager(name):
+    case = CASES[name]
     params, inputs = case.params(KEY), case.inputs(KEY)
     step = grad(loss_of(case), has_aux=True)
     compiled = compile(step, backend="aot_eager")
@@ -242,13 +248,8 @@ def test_a_compiled_step_equals_eager(case):
     close(compiled(params, inputs, random.key(1)), step(params, inputs, random.key(1)))
 
 
-# The first case of each family, and those of another way through it: a compilation takes seconds.
-COMPILED = {case.model.family: name for name, case in reversed(CASES.items())}
-OTHERS = ["residual_mlp_stacked", "densenet_remat", "gpt_rotary", "seq2seq_tokens"]
-
-
 @pytest.mark.dynamo
-@pytest.mark.parametrize("name", [*COMPILED.values(), *OTHERS])
+@every_way
 def test_plain_torch_compile_forward_and_backward(name):
     torch.compiler.reset()
     case = CASES[name]

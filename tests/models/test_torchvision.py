@@ -26,10 +26,11 @@ class Constructor:
         size: of the images; as small as the network allows, and for the efficientnets so large that
             their last norms have more than two values to look at, whose derivatives explode.
         still: options without which our network draws in training.
-        hidden: features of the hidden layers of a VGG network; one is compared as it is, and
-            the others, of the same 124 million parameters there, with less, to save time.
+        hidden: features of the hidden layers of a VGG network, instead of so many that they have
+            124 million parameters.
         large: whether the derivatives are left to ``pytest --full``: they take from five to thirty
             seconds, and the blocks are those of its smaller siblings.
+        blocks: of a Vision Transformer, the first so many; they are all alike.
     """
 
     size: int = 32
@@ -67,12 +68,12 @@ CONSTRUCTORS = {
     "resnet101": Constructor(),
     "resnet152": Constructor(),
     "resnext50_32x4d": Constructor(),
-    "resnext101_32x8d": Constructor(),
+    "resnext101_32x8d": Constructor(large=True),
     "resnext101_64x4d": Constructor(large=True),
-    "wide_resnet50_2": Constructor(),
+    "wide_resnet50_2": Constructor(large=True),
     "wide_resnet101_2": Constructor(large=True),
     "alexnet": Constructor(63, {"dropout": 0.0}),
-    "vgg11": Constructor(still={"dropout": 0.0}),
+    "vgg11": Constructor(still={"dropout": 0.0}, hidden=8),
     "vgg11_bn": Constructor(still={"dropout": 0.0}, hidden=8),
     "vgg13": Constructor(still={"dropout": 0.0}, hidden=8),
     "vgg13_bn": Constructor(still={"dropout": 0.0}, hidden=8),
@@ -96,7 +97,7 @@ CONSTRUCTORS = {
     "efficientnet_v2_l": Constructor(33, {"dropout": 0.0, "stochastic_depth": 0.0}, large=True),
     "convnext_tiny": Constructor(still={"stochastic_depth": 0.0}),
     "convnext_small": Constructor(still={"stochastic_depth": 0.0}),
-    "convnext_base": Constructor(still={"stochastic_depth": 0.0}),
+    "convnext_base": Constructor(still={"stochastic_depth": 0.0}, large=True),
     "convnext_large": Constructor(still={"stochastic_depth": 0.0}, large=True),
     "vit_b_16": Constructor(32, blocks=4),
     "vit_b_32": Constructor(64, blocks=1),
