@@ -29,7 +29,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 import funcnets
-from funcnets import models, optim, random, tree
+from funcnets import Model, models, optim, random, tree
 from funcnets.generation import generate
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -78,7 +78,27 @@ def read_text(path: Path | None, output: Path) -> Text:
     return Text(characters, tokens[:first], tokens[first:])
 
 
-def make_gpt(characters: int, flags: argparse.Namespace) -> tuple[Any, optim.Optimizer]:
+def with_shift(model: Model, width: int) -> Model:
+    """A GPT in which every character sees a learned share of the one before it at once.
+
+    Token shift, as in RWKV (Peng et al. 2023), added from outside: what flows at a tap is replaced.
+    """
+
+    def init(key: random.Key) -> TensorDict:
+        return TensorDict({"gpt": model.init(key), "shift": torch.zeros(width)})
+
+    def apply(params: TensorDict, tokens: Tensor) -> Tensor:
+        def shift(x: Tensor) -> Tensor:
+            before = F.pad(x, (0, 0, 1, 0))[..., :-1, :]
+            return x + params["shift"] * before
+
+        outputs, _ = model.apply(params["gpt"], tokens, taps={"embedding": shift})
+        return outputs
+
+    return Model(init, apply)
+
+
+def make_gpt(characters: int, flags: argparse.Namespace) -> tuple[Model, optim.Optimizer]:
     """The GPT, and Muon for its matrices, Adam for the rest."""
     model = models.gpt(
         characters,
@@ -87,6 +107,7 @@ def make_gpt(characters: int, flags: argparse.Namespace) -> tuple[Any, optim.Opt
         depth=flags.depth,
         heads=flags.heads,
         positions="rotary",
+        rotary_base=500.0,
         norm="rms",
         activation="squared_relu",
         normalize=True,
@@ -96,15 +117,15 @@ def make_gpt(characters: int, flags: argparse.Namespace) -> tuple[Any, optim.Opt
     )
 
     def hidden(path: tuple[str, ...], leaf: Tensor) -> bool:
-        return path[0] == "layers" and leaf.ndim == 2
+        return path[:2] == ("gpt", "layers") and leaf.ndim == 2
 
-    return model, optim.by_path(
+    return with_shift(model, flags.width), optim.by_path(
         {hidden: optim.muon(rate(0.02, flags.steps), weight_decay=0.0)},
         default=optim.adam(rate(3e-3, flags.steps), betas=(0.9, 0.95)),
     )
 
 
-def make_lstm(characters: int, flags: argparse.Namespace) -> tuple[Any, optim.Optimizer]:
+def make_lstm(characters: int, flags: argparse.Namespace) -> tuple[Model, optim.Optimizer]:
     """An LSTM of about as many parameters, and AdamW."""
     model = models.recurrent(
         flags.width,
@@ -130,23 +151,39 @@ def rate(peak: float, steps: int) -> optim.schedules.Schedule:
     return optim.schedules.warmup(optim.schedules.polynomial(peak, steps - first), first)
 
 
-def windows(key: random.Key, tokens: Tensor, batch: int, context: int) -> Tensor:
-    """Windows [batch, context + 1] from places drawn by the key."""
-    first = random.randint(key, (batch, 1), 0, len(tokens) - context)
-    return tokens[first + torch.arange(context + 1)]
+def starts(key: random.Key, length: int, context: int, count: int) -> Tensor:
+    """Where the windows of training begin, [count]: epoch by epoch all of the text, in new orders.
+
+    Each epoch cuts the text at other places.
+    """
+    whole = (length - 1) // context - 1
+    if whole < 1:
+        raise ValueError(f"text: expected at least {2 * context + 1} characters, got {length}")
+
+    def epoch(key: random.Key) -> Tensor:
+        order_key, offset_key = random.split(key)
+        return context * random.permutation(order_key, whole) + random.randint(
+            offset_key, (), 0, context
+        )
+
+    return torch.cat([epoch(random.fold_in(key, i)) for i in range(-(-count // whole))])[:count]
 
 
-def loss(params: TensorDict, model: Any, text: Tensor) -> Tensor:
+def windows(tokens: Tensor, starts: Tensor, context: int) -> Tensor:
+    """Windows [len(starts), context + 1]: what is read, and what is to be said of it."""
+    return tokens[starts[:, None] + torch.arange(context + 1)]
+
+
+def loss(params: TensorDict, model: Model, text: Tensor) -> Tensor:
     """The mean cross-entropy, in nats, of each character of [batch, time] from those before it."""
     logits = model.apply(params, text[:, :-1])
     return F.cross_entropy(rearrange(logits, "b t c -> (b t) c"), text[:, 1:].flatten())
 
 
-def evaluate(params: TensorDict, model: Any, tokens: Tensor, context: int) -> float:
+def evaluate(params: TensorDict, model: Model, tokens: Tensor, context: int) -> float:
     """`loss` over all whole windows of a text, one after the other."""
     count = (len(tokens) - 1) // context
-    starts = context * torch.arange(count)[:, None]
-    text = tokens[starts + torch.arange(context + 1)]
+    text = windows(tokens, context * torch.arange(count), context)
     with torch.no_grad():
         parts = [loss(params, model, part).item() * len(part) for part in text.split(256)]
     return math.fsum(parts) / count
@@ -154,7 +191,7 @@ def evaluate(params: TensorDict, model: Any, tokens: Tensor, context: int) -> fl
 
 def train(
     name: str, text: Text, flags: argparse.Namespace, key: random.Key
-) -> tuple[Any, State, list[tuple[int, float]], float]:
+) -> tuple[Model, State, list[tuple[int, float]], float]:
     """The model, its last state, the validation losses by step, and the seconds it took."""
     model, optimizer = NETWORKS[name](len(text.characters), flags)
     init_key, data_key = random.split(key)
@@ -162,6 +199,7 @@ def train(
     state = State(params, optimizer.init(params), torch.zeros(flags.steps), torch.tensor(0))
     checkpoint = flags.output / f"{name}_checkpoint.safetensors"
     told = {flag: getattr(flags, flag) for flag in ("steps", "batch", "context", "width", "seed")}
+    places = starts(data_key, len(text.train), flags.context, flags.steps * flags.batch)
     validation: list[tuple[int, float]] = []
     seconds = 0.0
     if flags.resume and checkpoint.exists():
@@ -173,7 +211,8 @@ def train(
         bar = progress.add_task(name, total=flags.steps, completed=int(state.step), loss="")
         begin = time.perf_counter() - seconds
         for step in range(int(state.step), flags.steps):
-            batch = windows(random.fold_in(data_key, step), text.train, flags.batch, flags.context)
+            chosen = places[step * flags.batch : (step + 1) * flags.batch]
+            batch = windows(text.train, chosen, flags.context)
             grads, value = funcnets.grad_and_value(loss)(state.params, model, batch)
             updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
             params = optim.apply_updates(state.params, updates)
@@ -208,7 +247,7 @@ def read_checkpoint(path: Path, state: State, told: dict[str, Any]) -> tuple[Sta
     return tree.unflatten(structure, [held[str(i)] for i in range(len(leaves))]), metadata
 
 
-def write(params: TensorDict, model: Any, text: Text, flags: argparse.Namespace) -> str:
+def write(params: TensorDict, model: Model, text: Text, flags: argparse.Namespace) -> str:
     """A text that the network continues from the prompt."""
     prompt = text.encode(flags.prompt)[None]
     with torch.no_grad():

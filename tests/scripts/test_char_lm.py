@@ -48,6 +48,35 @@ def test_the_text_as_numbers(script, text_file):
         text.encode("ZaQ")
 
 
+def test_an_epoch_reads_all_of_the_text_once(script):
+    tokens, context = torch.arange(100), 7
+    places = script.starts(KEY, len(tokens), context, 30)
+    read = script.windows(tokens, places, context)
+    assert read.shape == (30, 8)
+    for epoch in (read[:13], read[13:26]):
+        seen = epoch[:, :-1].flatten().sort().values
+        assert torch.equal(seen, torch.arange(int(seen[0]), int(seen[0]) + 91))
+    assert not torch.equal(places[:13], places[13:26])
+    with pytest.raises(ValueError, match="text: expected at least 15 characters, got 14"):
+        script.starts(KEY, 14, context, 1)
+
+
+def test_a_character_sees_the_one_before_at_once_and_none_behind(script):
+    plain = script.models.gpt(5, 6, width=4, depth=1, heads=2)
+    model = script.with_shift(plain, 4)
+    params = model.init(KEY)
+    tokens = random.randint(KEY, (2, 6), 0, 5)
+    assert torch.equal(model.apply(params, tokens), plain.apply(params["gpt"], tokens))
+    params["shift"] = torch.ones(4)
+    logits = model.apply(params, tokens)
+    assert not torch.equal(logits, plain.apply(params["gpt"], tokens))
+    changed = tokens.clone()
+    changed[:, 3] = (tokens[:, 3] + 1) % 5
+    same = (model.apply(params, changed) == logits).all(-1)
+    assert same[:, :3].all()
+    assert not same[:, 3:].any()
+
+
 def test_the_loss_of_a_text_is_the_mean_over_all_its_whole_windows(script):
     class Uniform:
         @staticmethod
