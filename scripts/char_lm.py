@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -78,21 +79,26 @@ def read_text(path: Path | None, output: Path) -> Text:
     return Text(characters, tokens[:first], tokens[first:])
 
 
-def with_shift(model: Model, width: int) -> Model:
-    """A GPT in which every character sees a learned share of the one before it at once.
+def with_shift(model: Model, width: int, taps: Sequence[str]) -> Model:
+    """A GPT in which every place sees a learned share of the place before it at once.
 
     Token shift, as in RWKV (Peng et al. 2023), added from outside: what flows at a tap is replaced.
     """
+    names = [tap.replace(".", "_") for tap in taps]
 
     def init(key: random.Key) -> TensorDict:
-        return TensorDict({"gpt": model.init(key), "shift": torch.zeros(width)})
+        shares = TensorDict({name: torch.zeros(width) for name in names})
+        return TensorDict({"gpt": model.init(key), "shift": shares})
 
     def apply(params: TensorDict, tokens: Tensor) -> Tensor:
-        def shift(x: Tensor) -> Tensor:
-            before = F.pad(x, (0, 0, 1, 0))[..., :-1, :]
-            return x + params["shift"] * before
+        def shift(share: Tensor, x: Tensor) -> Tensor:
+            return x + share * F.pad(x, (0, 0, 1, 0))[..., :-1, :]
 
-        outputs, _ = model.apply(params["gpt"], tokens, taps={"embedding": shift})
+        replaced = {
+            tap: partial(shift, params["shift", name])
+            for tap, name in zip(taps, names, strict=True)
+        }
+        outputs, _ = model.apply(params["gpt"], tokens, taps=replaced)
         return outputs
 
     return Model(init, apply)
@@ -119,9 +125,11 @@ def make_gpt(characters: int, flags: argparse.Namespace) -> tuple[Model, optim.O
     def hidden(path: tuple[str, ...], leaf: Tensor) -> bool:
         return path[:2] == ("gpt", "layers") and leaf.ndim == 2
 
-    return with_shift(model, flags.width), optim.by_path(
+    # The embedding, and what the first half of the layers give.
+    shifted = ["embedding", *(f"layers.{i}" for i in range(flags.depth // 2))]
+    return with_shift(model, flags.width, shifted), optim.by_path(
         {hidden: optim.muon(rate(0.02, flags.steps), weight_decay=0.0)},
-        default=optim.adam(rate(3e-3, flags.steps), betas=(0.9, 0.95)),
+        default=optim.adam(rate(5e-3, flags.steps), betas=(0.9, 0.95)),
     )
 
 

@@ -63,11 +63,11 @@ def test_an_epoch_reads_all_of_the_text_once(script):
 
 def test_a_character_sees_the_one_before_at_once_and_none_behind(script):
     plain = script.models.gpt(5, 6, width=4, depth=1, heads=2)
-    model = script.with_shift(plain, 4)
+    model = script.with_shift(plain, 4, ["embedding", "layers.0"])
     params = model.init(KEY)
     tokens = random.randint(KEY, (2, 6), 0, 5)
     assert torch.equal(model.apply(params, tokens), plain.apply(params["gpt"], tokens))
-    params["shift"] = torch.ones(4)
+    params["shift"] = tree.map(torch.ones_like, params["shift"])
     logits = model.apply(params, tokens)
     assert not torch.equal(logits, plain.apply(params["gpt"], tokens))
     changed = tokens.clone()
