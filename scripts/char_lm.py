@@ -113,7 +113,7 @@ def make_gpt(characters: int, flags: argparse.Namespace) -> tuple[Model, optim.O
         depth=flags.depth,
         heads=flags.heads,
         positions="rotary",
-        rotary_base=500.0,
+        rotary_base=200.0,
         norm="rms",
         activation="squared_relu",
         normalize=True,
@@ -128,8 +128,8 @@ def make_gpt(characters: int, flags: argparse.Namespace) -> tuple[Model, optim.O
     # The embedding, and what the first half of the layers give.
     shifted = ["embedding", *(f"layers.{i}" for i in range(flags.depth // 2))]
     return with_shift(model, flags.width, shifted), optim.by_path(
-        {hidden: optim.muon(rate(0.02, flags.steps), weight_decay=0.0)},
-        default=optim.adam(rate(5e-3, flags.steps), betas=(0.9, 0.95)),
+        {hidden: optim.muon(rate(0.03, flags.steps), weight_decay=0.0)},
+        default=optim.adam(rate(8e-3, flags.steps), betas=(0.9, 0.95)),
     )
 
 
@@ -155,7 +155,7 @@ NETWORKS = {"gpt": make_gpt, "lstm": make_lstm}
 
 def rate(peak: float, steps: int) -> optim.schedules.Schedule:
     """A linear warm-up, then a straight line to zero."""
-    first = min(50, steps // 2)
+    first = min(100, steps // 2)
     return optim.schedules.warmup(optim.schedules.polynomial(peak, steps - first), first)
 
 
