@@ -136,8 +136,12 @@ def test_integer_buffers_stay_but_for_counters_and_constants():
     module = build("swin")
     for part in module.modules():
         part.register_buffer("table", torch.arange(3))
-    names = [path[-1] for path, _ in tree.leaves_with_path(tree.from_module(module))]
-    assert names.count("table") == sum(1 for _ in module.modules())
+    whole = tree.from_module(module)
+    names = [path[-1] for path, _ in tree.leaves_with_path(whole)]
+    indices = [leaf for path, leaf in tree.leaves_with_path(whole) if path[-1] == "table"]
+    assert indices
+    assert len(indices) == sum(1 for _ in module.modules())
+    assert all(leaf.dtype == torch.int64 for leaf in indices)
     assert "relative_position_index" in {n.rpartition(".")[2] for n in module.state_dict()}
     assert "relative_position_index" not in names
 
