@@ -172,17 +172,13 @@ def attention(  # type: ignore[misc]
     >>> attention(params, torch.ones(3, 5, 8), heads=2, causal=True).shape
     torch.Size([3, 5, 8])
     """
-    q, k, v = attention_inputs(params, queries, keys, values, heads)
+    q, k, v = attention_inputs(params, queries, keys, values, heads, positions, normalize)
     if mask is not None or bias is not None:
         check_mask("attention", mask, bias, (*q.shape[:-1], k.shape[-2]))
     if padding is not None:
         check_padding("attention", padding, (*k.shape[:-3], k.shape[-2]))
         real = rearrange(padding, "... keys -> ... 1 1 keys")
         mask = real if mask is None else mask & real
-    if normalize:
-        q, k = (F.rms_norm(x, x.shape[-1:]) for x in (q, k))
-    if positions is not None:
-        q, k = positions(q, k)
     outputs = scaled_dot_product_attention(
         q,
         k,
@@ -207,12 +203,16 @@ def attention_inputs(
     keys: Float[Tensor, "*batch keys key_width"] | None,
     values: Float[Tensor, "*batch keys value_width"] | None,
     heads: int,
+    positions: Positions | None = None,
+    normalize: bool = False,
 ) -> tuple[
     Float[Tensor, "*batch heads queries head_width"],
     Float[Tensor, "*batch groups keys head_width"],
     Float[Tensor, "*batch groups keys head_width"],
 ]:
-    """Queries, keys and values of every head: the projections that `attention` begins with.
+    """Queries, keys and values of every head: what `attention` begins with.
+
+    They are projected, and where asked for normalised and given their places, as `attention` says.
 
     >>> params = init_attention(random.key(0), width=8, heads=4, key_value_heads=2)
     >>> q, k, v = attention_inputs(params, torch.ones(5, 8), None, None, heads=4)
@@ -256,6 +256,10 @@ def attention_inputs(
     q, k, v = (
         rearrange(part, "... time (heads d) -> ... heads time d", d=head_width) for part in parts
     )
+    if normalize:
+        q, k = (F.rms_norm(x, x.shape[-1:]) for x in (q, k))
+    if positions is not None:
+        q, k = positions(q, k)
     return q, k, v
 
 

@@ -35,6 +35,18 @@ def dropout(key: Key, x: Float[Tensor, "*shape"], p: Rate = 0.5) -> Float[Tensor
     return _drop("dropout", key, x, x.shape, p)
 
 
+def draws(key: Key | None, p: Rate) -> bool:
+    """Whether a layer that may be given a key drops anything at this rate."""
+    return key is not None and (isinstance(p, Tensor) or p > 0)
+
+
+def dropout_if(
+    key: Key | None, x: Float[Tensor, "*shape"], p: Rate = 0.5
+) -> Float[Tensor, "*shape"]:
+    """`dropout` where a key is given and the rate is not 0, as at training; else the input."""
+    return dropout(key, x, p) if key is not None and draws(key, p) else x
+
+
 def channel_dropout(
     key: Key, x: Float[Tensor, "batch channels *spatial"], p: Rate = 0.5
 ) -> Float[Tensor, "batch channels *spatial"]:

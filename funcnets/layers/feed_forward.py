@@ -14,8 +14,7 @@ from torch import Tensor
 
 from funcnets import random
 from funcnets.layers.activations import geglu, squared_relu, swiglu
-from funcnets.layers.dropout import Rate
-from funcnets.layers.dropout import dropout as drop
+from funcnets.layers.dropout import Rate, dropout_if
 from funcnets.layers.linear import init_linear, linear
 from funcnets.layers.params import check_positive, entries
 from funcnets.random import Key
@@ -82,9 +81,7 @@ def feed_forward(
     function = _function("feed_forward", activation)
     found = entries(params)
     x = function(linear(found["linear1"], x))
-    if key is not None and (isinstance(dropout, Tensor) or dropout > 0):
-        x = drop(key, x, dropout)
-    return linear(found["linear2"], x)
+    return linear(found["linear2"], dropout_if(key, x, dropout))
 
 
 def _function(layer: str, activation: str) -> Callable[[Tensor], Tensor]:

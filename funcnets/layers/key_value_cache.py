@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange, repeat
 from jaxtyping import Bool, Float, Int
 from tensordict import TensorDict
@@ -64,15 +63,11 @@ def cached_attention(
     >>> outputs.shape, cache.length
     (torch.Size([5, 8]), tensor(5))
     """
-    q, k, v = attention_inputs(params, x, None, None, heads)
+    q, k, v = attention_inputs(params, x, None, None, heads, positions, normalize)
     expected = (*k.shape[:-2], cache.keys.shape[-2], k.shape[-1])
     for name, kept in (("keys", cache.keys), ("values", cache.values)):
         if kept.shape != expected:
             fail("cached_attention", f"cache: {name}", str(list(expected)), kept.shape)
-    if normalize:
-        q, k = (F.rms_norm(each, each.shape[-1:]) for each in (q, k))
-    if positions is not None:
-        q, k = positions(q, k)
     places = new_places(cache.length, x.shape[-2])
     new = KeyValueCache(
         _written(cache.keys, k, cache.length, counts),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from einops import einsum, rearrange, reduce, repeat
@@ -63,13 +63,8 @@ def mixture(
     params: TensorDict,
     x: Tensor,
     *,
-    top_k: int = 2,
-    activation: FeedForward = "relu",
-    normalize: bool | None = None,
-    noise: float = 0.0,
-    key: Tensor | None = None,
-    dense: bool | None = None,
     routing: Literal[False] = False,
+    **options: Any,
 ) -> Tensor: ...
 
 
@@ -78,13 +73,8 @@ def mixture(
     params: TensorDict,
     x: Tensor,
     *,
-    top_k: int = 2,
-    activation: FeedForward = "relu",
-    normalize: bool | None = None,
-    noise: float = 0.0,
-    key: Tensor | None = None,
-    dense: bool | None = None,
     routing: Literal[True],
+    **options: Any,
 ) -> tuple[Tensor, Routing]: ...
 
 
@@ -93,17 +83,12 @@ def mixture(
     params: TensorDict,
     x: Tensor,
     *,
-    top_k: int = 2,
-    activation: FeedForward = "relu",
-    normalize: bool | None = None,
-    noise: float = 0.0,
-    key: Tensor | None = None,
-    dense: bool | None = None,
     routing: bool,
+    **options: Any,
 ) -> Tensor | tuple[Tensor, Routing]: ...
 
 
-def mixture(
+def mixture(  # type: ignore[misc]
     params: TensorDict,
     x: Float[Tensor, "*batch width"],
     *,

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from funcnets import _torch, random
 from funcnets.control import scan
-from funcnets.layers.dropout import Rate, dropout
+from funcnets.layers.dropout import Rate, draws, dropout
 from funcnets.layers.params import check_dtype, fail
 from funcnets.layers.recurrent_steps import Cell, State, Weights
 from funcnets.layers.recurrent_weights import Stack, read
@@ -45,10 +45,9 @@ def run(
         x = x.unsqueeze(0)
         state = None if state is None else tuple(part.unsqueeze(1) for part in state)
         lengths = None if lengths is None else lengths.unsqueeze(0)
-    drops = key is not None and (isinstance(dropout, Tensor) or dropout > 0)
     way = _fused if fused and _plain(lengths) else _scanned
     options: dict[str, Any] = {"batch_first": batch_first, "unroll": unroll}
-    if key is None or not drops or len(stack) == 1:
+    if key is None or not draws(key, dropout) or len(stack) == 1:
         outputs, last = way(cell, stack, x, state, lengths, **options)
     else:
         outputs, last = _dropping(way, cell, stack, x, state, lengths, dropout, key, options)

@@ -12,8 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from funcnets import _torch
-from funcnets.layers.dropout import Rate
-from funcnets.layers.dropout import dropout as drop
+from funcnets.layers.dropout import Rate, draws, dropout_if
 from funcnets.layers.params import check_dtype, fail, shape
 from funcnets.random import Key
 from funcnets.tree.flatten import describe
@@ -101,7 +100,7 @@ def scaled_dot_product_attention(  # type: ignore[misc]
     plain = (
         weights
         or not fused
-        or (key is not None and (isinstance(dropout, Tensor) or dropout > 0))
+        or draws(key, dropout)
         or not _torch.first_order()
         # The kernels of the CPU have no vmap rule. Dynamo does not tell whether there is a vmap.
         or (_torch.vmapping() and not torch.compiler.is_dynamo_compiling())
@@ -262,8 +261,7 @@ def _arithmetic(
     if mask is not None and not whole:
         some = reduce(mask, "... q k -> ... q 1", "any")
         probabilities = torch.where(some, probabilities, 0.0)
-    if key is not None and (isinstance(rate, Tensor) or rate > 0):
-        probabilities = drop(key, probabilities, rate)
+    probabilities = dropout_if(key, probabilities, rate)
     if shared > 1:
         outputs = rearrange(probabilities, "... (g n) q k -> ... g (n q) k", n=shared) @ v
         outputs = rearrange(outputs, "... g (n q) d -> ... (g n) q d", n=shared)

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from funcnets import random
 from funcnets.layers.attention import Positions, attention, init_attention
-from funcnets.layers.dropout import Rate
-from funcnets.layers.dropout import dropout as drop
+from funcnets.layers.dropout import Rate, draws, dropout_if
 from funcnets.layers.feed_forward import FeedForward, feed_forward, init_feed_forward
 from funcnets.layers.key_value_cache import KeyValueCache, cached_attention
 from funcnets.layers.norm import init_layer_norm, init_rms_norm, layer_norm, rms_norm
@@ -305,15 +304,13 @@ def _part(
 ) -> tuple[Tensor, _State]:
     """A part of the layer within its shortcut, and the state that it gives."""
     added, state = f(norm(x) if norm_first else x)
-    if key is not None:
-        added = drop(key, added, dropout)
-    x = x + added
+    x = x + dropout_if(key, added, dropout)
     return (x if norm_first else norm(x)), state
 
 
 def _keys(key: Tensor | None, dropout: Rate, num: int) -> tuple[Tensor | None, ...]:
     """As many keys, all None where nothing is drawn."""
-    if key is None or not (isinstance(dropout, Tensor) or dropout > 0):
+    if key is None or not draws(key, dropout):
         return (None,) * num
     return random.split(key, num).unbind()
 

@@ -28,6 +28,7 @@ from funcnets.layers import (
     layer_norm,
     linear,
 )
+from funcnets.layers.dropout import dropout_if
 from funcnets.model import Model, bind
 from funcnets.models import blocks
 from funcnets.models.stages import check_scale
@@ -358,11 +359,11 @@ def block(
             key=keys[0],
             tap=lambda place, value: tap(f"{name}.attn.{place}", value),
         )
-        return tap(f"{name}.attn", drop(x, dropout, keys[1]))
+        return tap(f"{name}.attn", dropout_if(keys[1], x, dropout))
 
     def mlp(x: Tensor) -> Tensor:
-        hidden = drop(F.gelu(linear(params["mlp", "0"], x)), dropout, keys[2])
-        return drop(linear(params["mlp", "3"], hidden), dropout, keys[3])
+        hidden = dropout_if(keys[2], F.gelu(linear(params["mlp", "0"], x)), dropout)
+        return dropout_if(keys[3], linear(params["mlp", "3"], hidden), dropout)
 
     for branch, norm, row_key in ((attend, "norm1", keys[4]), (mlp, "norm2", keys[5])):
         if version == 1:
@@ -375,11 +376,6 @@ def block(
             y = y * layers.stochastic_depth(row_key, rows, drop_rate, "row")
         x = x + y
     return tap(name, x)
-
-
-def drop(x: Tensor, rate: float, key: random.Key | None) -> Tensor:
-    """Dropout where there is something to draw."""
-    return x if key is None or rate == 0 else layers.dropout(key, x, rate)
 
 
 class Windows(NamedTuple):
@@ -470,7 +466,7 @@ def window_attention(
     else:
         each = rearrange(scores, "(batch n) ... -> batch n ...", n=mask.shape[0])
         scores = rearrange(each + (mask + bias), "batch n ... -> (batch n) ...")
-    weights = drop(tap("weights", scores.softmax(-1)), dropout, key)
+    weights = dropout_if(key, tap("weights", scores.softmax(-1)), dropout)
     attended = rearrange(weights @ values, "n heads tokens width -> n tokens (heads width)")
     x = rearrange(
         linear(params["proj"], attended),

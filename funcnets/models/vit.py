@@ -30,6 +30,7 @@ from funcnets.layers.attention import (
     attention_outputs,
     init_attention,
 )
+from funcnets.layers.dropout import dropout_if
 from funcnets.layers.scaled_dot_product import scaled_dot_product_attention
 from funcnets.model import Model, bind
 from funcnets.models import blocks
@@ -274,7 +275,7 @@ def forward(
     if config.pool == "token":
         token = repeat(params["class_token"], "1 1 width -> batch 1 width", batch=x.shape[0])
         x = torch.cat([token, x], 1)
-    x = drop(x + encoder["pos_embedding"], config.dropout, None if keys is None else keys[-1])
+    x = dropout_if(None if keys is None else keys[-1], x + encoder["pos_embedding"], config.dropout)
     for i in range(config.depth):
         name = f"encoder_layer_{i}"
         place = f"encoder.layers.{name}"
@@ -355,19 +356,14 @@ def block(
         q, k, v = attention_inputs(params["self_attention"], y, None, None, heads)
         weights = tap(f"{place}.weights", scaled_dot_product_attention(q, k, v, weights=True)[1])
         y = attention_outputs(
-            params["self_attention"], drop(weights, attention_dropout, keys[0]) @ v
+            params["self_attention"], dropout_if(keys[0], weights, attention_dropout) @ v
         )
     else:
         tap(f"{place}.weights", None)
         y = attention(
             params["self_attention"], y, heads=heads, dropout=attention_dropout, key=keys[0]
         )
-    x = x + tap(place, drop(y, dropout, keys[1]))
+    x = x + tap(place, dropout_if(keys[1], y, dropout))
     y = layer_norm(params["ln_2"], x)
-    y = drop(F.gelu(linear(params["mlp", "0"], y)), dropout, keys[2])
-    return tap(name, x + drop(linear(params["mlp", "3"], y), dropout, keys[3]))
-
-
-def drop(x: Tensor, rate: float, key: random.Key | None) -> Tensor:
-    """Dropout where there is something to draw."""
-    return x if key is None or rate == 0 else layers.dropout(key, x, rate)
+    y = dropout_if(keys[2], F.gelu(linear(params["mlp", "0"], y)), dropout)
+    return tap(name, x + dropout_if(keys[3], linear(params["mlp", "3"], y), dropout))

@@ -158,7 +158,7 @@ def test_each_dropout_has_its_place(monkeypatch):
         return x
 
     for name in ("transformer", "feed_forward", "scaled_dot_product"):
-        monkeypatch.setattr(importlib.import_module(f"funcnets.layers.{name}"), "drop", spy)
+        monkeypatch.setattr(importlib.import_module(f"funcnets.layers.{name}"), "dropout_if", spy)
     x, memory = normal(KEY, (1, 3, 4)), normal(KEY, (1, 5, 4))
     encoder_layer(drawn(init_encoder_layer, 4, 2, 6), x, heads=2, dropout=0.5, key=KEY)
     decoder_layer(drawn(init_decoder_layer, 4, 2, 6), x, memory, heads=2, dropout=0.5, key=KEY)

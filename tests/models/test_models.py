@@ -16,15 +16,16 @@ from hypothesis import strategies as st
 from model_cases import CASES, DTYPE, FAMILIES, NoArithmetic, differentiable
 from scipy.stats import ks_2samp
 from tensordict import TensorDict
-from torch.func import grad, vjp, vmap
+from torch.func import grad, jvp, vjp, vmap
 
 from funcnets import compile, load, models, random, save, tree
 
 # The first case of each family, and those of another way through it: compiling takes seconds.
 COMPILED = {case.model.family: name for name, case in reversed(CASES.items())}
-OTHERS = ["residual_mlp_stacked", "densenet_remat", "gpt_rotary", "seq2seq_tokens"]
+OTHERS = ["residual_mlp_stacked", "densenet_remat", "gpt_rotary", "seq2seq_tokens", "swin_v2"]
+EVERY_WAY = [*COMPILED.values(), *OTHERS]
 
-every_way = pytest.mark.parametrize("name", [*COMPILED.values(), *OTHERS])
+every_way = pytest.mark.parametrize("name", EVERY_WAY)
 every_model = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 modes = pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
 KEY = random.key(7)
@@ -234,6 +235,32 @@ def test_per_sample_gradients_equal_the_loop(case):
     gradients = vmap(grad(loss), (None, 0))(params, inputs)
     for i in range(len(tree.leaves(inputs)[0])):
         close(sample_of(gradients, i), grad(loss)(params, sample_of(inputs, i)))
+
+
+# torch's hardsigmoid has no second derivative.
+@pytest.mark.parametrize("name", [name for name in EVERY_WAY if name != COMPILED["mobilenet_v3"]])
+def test_hessian_vector_products_by_finite_differences(name):
+    case = CASES[name]
+    params, inputs = case.params(KEY), case.inputs(KEY)
+    direction = tree.map_with_path(
+        lambda path, leaf: torch.sin(1e3 * leaf) * tree.is_trainable(path, leaf), params
+    )
+
+    def gradient(params):
+        return grad(lambda p: sum(y.square().sum() for y in smooth(case.model.apply(p, *inputs))))(
+            params
+        )
+
+    _, product = jvp(gradient, (params,), (direction,))
+    step = 1e-6
+    ahead, behind = (
+        gradient(tree.map(lambda p, d, s=sign: p + s * step * d, params, direction))
+        for sign in (1, -1)
+    )
+    for a, b, c in zip(*map(tree.leaves, (product, ahead, behind)), strict=True):
+        difference = (b - c) / (2 * step)
+        scale = difference.abs().max().clamp(min=1)
+        torch.testing.assert_close(a / scale, difference / scale, rtol=0, atol=1e-6)
 
 
 @every_way

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from model_cases import CASES, DTYPE, NoArithmetic, vision
-from torch.func import grad, jvp, vmap
+from model_cases import DTYPE, NoArithmetic, vision
+from torch.func import grad, vmap
 from torchvision.models.vision_transformer import interpolate_embeddings
 
 from funcnets import layers, models, random, tree
@@ -230,26 +230,6 @@ def test_without_positions_the_order_of_the_patches_does_not_matter(order, pool,
     params["encoder", "pos_embedding"] = torch.zeros_like(params["encoder", "pos_embedding"])
     before, after = (model.apply(params, images) for images in (x, moved))
     torch.testing.assert_close(before, after)
-
-
-def test_second_derivatives():
-    case = CASES["vit"]
-    params, inputs = case.params(KEY), case.inputs(KEY)
-    direction = tree.map(lambda leaf: random.normal(KEY, leaf.shape, dtype=DTYPE), params)
-
-    def gradient(params):
-        return grad(lambda p: case.model.apply(p, *inputs).square().sum())(params)
-
-    _, product = jvp(gradient, (params,), (direction,))
-    step = 1e-6
-    ahead, behind = (
-        gradient(tree.map(lambda p, d, s=sign: p + s * step * d, params, direction))
-        for sign in (1, -1)
-    )
-    for a, b, c in zip(*map(tree.leaves, (product, ahead, behind)), strict=True):
-        difference = (b - c) / (2 * step)
-        scale = difference.abs().max().clamp(min=1)
-        torch.testing.assert_close(a / scale, difference / scale, rtol=0, atol=1e-6)
 
 
 def test_a_pretrained_network_for_larger_images_with_a_new_head():

@@ -9,8 +9,6 @@ from torch import Tensor, nn
 from torchvision.models import SwinTransformer, VisionTransformer
 from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformerBlockV2
 
-from funcnets.tree.convert import CONSTANTS
-
 
 class MeanViT(VisionTransformer):
     """Without the token that torchvision's always adds: the head reads the mean of the patches."""
@@ -59,9 +57,6 @@ def swin(config: Any) -> nn.Module:
     )
     size = config.patch_size
     module.features[0][0] = nn.Conv2d(config.in_channels, config.width, size, size)
-    # Left out of the state_dict, as we have none of them.
-    for part in module.modules():
-        part._non_persistent_buffers_set.update(CONSTANTS)
     return module
 
 
