@@ -1,0 +1,42 @@
+"""Forward and reverse mode agree, and second derivatives are symmetric."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.func import grad, jvp, vjp
+
+from funcnets.testing.engine import Try, invariant
+from funcnets.testing.invariants.places import At, direction, dot, in_training, size
+from funcnets.testing.subject import Violation, smooth
+
+
+@invariant(examples=5)
+def jvp_and_vjp_agree(trial: Try) -> None:
+    """Forward and reverse mode give the same product of two directions with the Jacobian."""
+    at, outputs = in_training(trial)
+
+    def f(at: At) -> At:
+        return {(str(i),): y for i, y in enumerate(smooth(outputs(at)))}
+
+    along = direction(trial, 1, at)
+    values, ahead = jvp(f, (at,), (along,))[:2]
+    cotangent = direction(trial, 2, values)
+    (pulled,) = vjp(f, at)[1](cotangent)
+    forward, reverse = dot(ahead, cotangent), dot(pulled, along)
+    if not abs(forward - reverse) <= trial.tolerance * (1 + size(pulled, along)):
+        raise Violation("jvp", f"{reverse.item():.8g}, as vjp", f"{forward.item():.8g}")
+
+
+@invariant(examples=5)
+def hessian_is_symmetric(trial: Try) -> None:
+    """Two Hessian-vector products, crossed, agree."""
+    at, outputs = in_training(trial)
+
+    def loss(at: At) -> Tensor:
+        return trial.subject.loss(outputs(at))
+
+    ways = direction(trial, 1, at), direction(trial, 2, at)
+    first, second = (jvp(grad(loss), (at,), (way,))[1] for way in ways)
+    one, other = dot(first, ways[1]), dot(second, ways[0])
+    if not abs(one - other) <= trial.tolerance * (1 + size(first, ways[1])):
+        raise Violation("hessian", f"{other.item():.8g}", f"{one.item():.8g}")
