@@ -11,11 +11,13 @@ UNCHECKED = os.environ.get("FUNCNETS_UNCHECKED") == "1"
 if not UNCHECKED:
     from jaxtyping import install_import_hook
 
-    # All modules but one: what flattens trees is called at every turn, and takes anything.
+    # All modules but what flattens trees, which is called at every turn and takes anything, and
+    # what tests models, whose functions are made anew for every case.
     package = Path(__file__).parents[1] / "funcnets"
     modules = [
         ".".join(path.relative_to(package.parent).with_suffix("").parts)
         for path in package.rglob("*.py")
+        if "testing" not in path.parts
     ]
     modules.remove("funcnets.tree.flatten")
     install_import_hook(modules, "beartype.beartype")

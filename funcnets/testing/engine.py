@@ -118,11 +118,12 @@ class Invariant:
         double = subject.dtype == torch.float64
         tolerance = self.tolerance[0 if double else 1] if tolerance is None else tolerance
         examples = min(examples, self.examples)
-        if self.whole:
+        with torch.random.fork_rng(devices=[]):  # which a wrong model may draw from
+            if not self.whole:
+                return self._search(subject, examples, seed, tolerance)
             samples = [subject.sample(seed * examples + i) for i in range(examples)]
             trials = [Try(subject, sample, tolerance) for sample in samples]
             return self._one(trials, samples[0])
-        return self._search(subject, examples, seed, tolerance)
 
     def _search(self, subject: Subject, examples: int, seed: int, tolerance: float) -> str | None:
         skipped: list[str | None] = []

@@ -93,10 +93,11 @@ class Subject:
         self.checks_shapes = family is not None if checks_shapes is None else checks_shapes
         named = inspect.signature(self.apply).parameters
         self.trains, self.keyed = "train" in named, "key" in named
-        self.dtype, self.why_not_double = self._precision()
-        self.draws = self._draws() if draws is None else draws
-        sample = self.sample()
-        outputs_now = self.infer(sample.params, sample.inputs)
+        with torch.random.fork_rng(devices=[]):  # which a wrong model may draw from
+            self.dtype, self.why_not_double = self._precision()
+            self.draws = self._draws() if draws is None else draws
+            sample = self.sample()
+            outputs_now = self.infer(sample.params, sample.inputs)
         self.batched = "batch" in self.axes and all(
             isinstance(leaf, Tensor) and leaf.shape[:1] == (sample.sizes["batch"],)
             for leaf in tree.leaves(outputs_now)

@@ -20,7 +20,7 @@ from funcnets.testing.invariants.modes import (
     dropout_keeps_the_mean,
     training_equals_inference,
 )
-from funcnets.testing.invariants.outputs import returns_what_is_declared
+from funcnets.testing.invariants.outputs import keeps_the_dtype, returns_what_is_declared
 from funcnets.testing.invariants.precision import bfloat16_is_close, single_precision_is_close
 from funcnets.testing.invariants.purity import (
     leaves_its_arguments_as_they_were,
@@ -41,6 +41,7 @@ from funcnets.testing.invariants.transforms import (
 # In the order in which a report tells them: what is simple first.
 INVARIANTS = (
     returns_what_is_declared,
+    keeps_the_dtype,
     leaves_its_arguments_as_they_were,
     repeats_itself,
     uses_no_global_generator,

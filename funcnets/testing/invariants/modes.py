@@ -9,7 +9,7 @@ from torch import Tensor
 
 from funcnets import random, tree
 from funcnets.testing.engine import Try, compare, invariant
-from funcnets.testing.invariants.transforms import batch_axes
+from funcnets.testing.invariants.transforms import along_batch
 from funcnets.testing.subject import Subject, Violation
 from funcnets.tree.flatten import Path
 
@@ -75,8 +75,7 @@ def buffers_follow_their_rule(trial: Try) -> None:
 
 def _counts(trial: Try, old: dict[Path, Tensor], new: dict[Path, Tensor]) -> None:
     subject, (params, inputs, key) = trial.subject, trial.parts
-    axes = batch_axes(subject)
-    twice = tree.map(lambda x, a: x if a is None else torch.cat([x, x], a), inputs, axes)
+    twice = along_batch(subject, lambda x, axis: torch.cat([x, x], axis), inputs)
     again = dict(tree.leaves_with_path(subject.train(params, twice, key)[1]))
     batch, momentum = trial.sample.sizes["batch"], subject.momentum
     for path, leaf in new.items():

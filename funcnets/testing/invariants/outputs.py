@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from funcnets import tree
@@ -15,17 +16,31 @@ _KINDS = {"floats": "floating", "booleans": "boolean", "integers": "whole", "len
 
 
 @invariant()
+def keeps_the_dtype(trial: Try) -> None:
+    """In single and in double precision, outputs have the dtype of parameters and inputs."""
+    subject = trial.subject
+    if subject.why_not_double is not None:
+        raise Violation("the model", "a result in double precision", subject.why_not_double)
+    for dtype in (torch.float64, torch.float32):
+        sample = subject.sample(trial.sample.seed, sizes=trial.sample.sizes, dtype=dtype)
+        for mode, outputs in (
+            ("inference", subject.infer(sample.params, sample.inputs, sample.key)),
+            ("training", subject.train(sample.params, sample.inputs, sample.key)),
+        ):
+            for path, y in tree.leaves_with_path(outputs):
+                if isinstance(y, Tensor) and y.is_floating_point() and y.dtype != dtype:
+                    place, name = tree.join(path), str(dtype).removeprefix("torch.")
+                    raise Violation(place, name, tree.describe(y), mode)
+
+
+@invariant()
 def returns_what_is_declared(trial: Try) -> None:
     """Names, shapes and dtypes of the outputs are as declared, and the same in training."""
     subject, (params, inputs, key) = trial.subject, trial.parts
     inferred = subject.infer(params, inputs, key)
     trained, _ = subject.train(params, inputs, key)
-    for mode, outputs in (("inference", inferred), ("training", trained)):
-        for path, y in tree.leaves_with_path(outputs):
-            if isinstance(y, Tensor) and y.is_floating_point() and y.dtype != subject.dtype:
-                place, got = tree.join(path) or "outputs", tree.describe(y)
-                raise Violation(place, f"{_name(subject.dtype)}, as parameters", got, mode)
-        if subject.outputs is not None:
+    if subject.outputs is not None:
+        for mode, outputs in (("inference", inferred), ("training", trained)):
             _as_declared(outputs, subject.outputs, trial.sample.sizes, mode)
     mine, theirs = (
         [(path, tree.describe(y)) for path, y in tree.leaves_with_path(outputs)]
@@ -48,7 +63,3 @@ def _as_declared(outputs: Any, declared: Any, sizes: Any, mode: str) -> None:
             axes = " ".join(map(str, spec.axes))
             expected = f"{spec.kind} {list(spec.shape(sizes))} ({axes})"
             raise Violation(place, expected, tree.describe(y), mode)
-
-
-def _name(dtype: Any) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -17,13 +17,13 @@ def _not_double(subject: Subject) -> str | None:
     return None if why is None else f"the model does not run in double precision: {why}"
 
 
-@invariant(when=_not_double, tolerance=(100, 100), values=("normal", "shifted"))
+@invariant(when=_not_double, tolerance=(100.0, 100.0), values=("normal", "shifted"))
 def single_precision_is_close(trial: Try) -> None:
     """float32 differs from float64 by what rounding of parameters and inputs explains."""
     _close_in(trial, torch.float32)
 
 
-@invariant(when=_not_double, tolerance=(30, 30), examples=5)
+@invariant(when=_not_double, tolerance=(30.0, 30.0), examples=5)
 def bfloat16_is_close(trial: Try) -> None:
     """bfloat16 differs from float64 by what rounding of parameters and inputs explains."""
     _close_in(trial, torch.bfloat16)

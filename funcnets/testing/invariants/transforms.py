@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch.func import grad, vmap
 
 import funcnets
 from funcnets import random, tree
+from funcnets.testing.declared import Declared
 from funcnets.testing.engine import Try, invariant
 from funcnets.testing.invariants.purity import differentiate
 from funcnets.testing.subject import Subject
@@ -72,17 +74,20 @@ def per_sample_gradients_equal_the_loop(trial: Try) -> None:
     """`vmap(grad)` over the samples of a batch equals the gradient of each."""
     subject, (params, inputs, key) = trial.subject, trial.parts
     held, rebuild = subject.points(params)
+    parted, structure = tree.flatten(
+        along_batch(subject, lambda x, axis: x.movedim(axis, 0), inputs)
+    )
+    dims = [0 if "batch" in declared.axes else None for declared in tree.leaves(subject.inputs)]
 
-    def loss(held: Any, sample: Any) -> Tensor:
-        one = tree.map(lambda x, axis: x if axis is None else x.unsqueeze(axis), sample, axes)
+    def loss(held: Any, sample: list[Tensor]) -> Tensor:
+        one = along_batch(
+            subject, lambda x, axis: x.unsqueeze(axis), tree.unflatten(structure, sample)
+        )
         return subject.loss(subject.infer(rebuild(held), one, key))
 
-    axes = batch_axes(subject)
-    gradients = vmap(grad(loss), (None, axes))(held, inputs)
+    gradients = vmap(grad(loss), (None, dims))(held, parted)
     for i in range(trial.sample.sizes["batch"]):
-        sample = tree.map(
-            lambda x, axis, i=i: x if axis is None else x.select(axis, i), inputs, axes
-        )
+        sample = [x if dim is None else x[i] for x, dim in zip(parted, dims, strict=True)]
         found = {path: g[i] for path, g in gradients.items()}
         trial.close(_named(found), _named(grad(loss)(held, sample)), f"gradient of sample {i}")
 
@@ -105,9 +110,13 @@ def compiled_equals_eager(trial: Try) -> None:
     trial.close(compiled(*parts), step(*parts), "gradient of another call")
 
 
-def batch_axes(subject: Subject) -> Any:
-    """Where each input has its batch; None where it has none."""
-    return tree.map(lambda d: d.axes.index("batch") if "batch" in d.axes else None, subject.inputs)
+def along_batch(subject: Subject, f: Callable[..., Tensor], inputs: Any, *rest: Any) -> Any:
+    """The inputs with ``f(x, axis, *others)`` for those that have a batch, at that axis."""
+
+    def one(x: Tensor, declared: Declared, *others: Tensor) -> Tensor:
+        return f(x, declared.axes.index("batch"), *others) if "batch" in declared.axes else x
+
+    return tree.map(one, inputs, subject.inputs, *rest)
 
 
 def _members(trial: Try) -> list[tuple[Any, Any, Any]]:
