@@ -22,6 +22,8 @@ if not UNCHECKED:
     modules.remove("funcnets.tree.flatten")
     install_import_hook(modules, "beartype.beartype")
 
+pytest_plugins = ["pytester"]
+
 import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402

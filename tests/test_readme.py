@@ -16,7 +16,7 @@ def test_the_code_of_the_readme(capsys, monkeypatch):
     quick = functools.partial(funcnets.compile, backend="aot_eager")
     monkeypatch.setattr(funcnets, "compile", quick)
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
-    assert len(blocks) == 17
+    assert len(blocks) == 20
     namespace: dict = {}
     with torch.random.fork_rng():  # the page makes its data with torch.rand
         for block in blocks:
@@ -25,6 +25,11 @@ def test_the_code_of_the_readme(capsys, monkeypatch):
     # What the comments of the page promise to be printed.
     assert "3: missing; expected weight [128, 128], bias [128]" in printed
     assert "0.weight" in printed
+    assert "  failed  samples_are_independent" in printed
+    assert (
+        "again:    funcnets.testing.sample(model, inputs, seed=0, values='normal', batch=2"
+        in printed
+    )
     assert "total" in printed or "trainable" in printed
 
 

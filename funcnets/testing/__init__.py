@@ -4,7 +4,7 @@ Needs Hypothesis. `check_model` tries every invariant that applies and reports; 
 makes a pytest test of each; an invariant alone is a function of a model and its inputs.
 """
 
-from funcnets.testing.check import Report, Result, check_model, model_properties, sample
+from funcnets.testing.check import Report, Result, check_model, model_properties, properties, sample
 from funcnets.testing.declared import booleans, floats, integers, lengths
 from funcnets.testing.engine import Invariant
 from funcnets.testing.invariants import *  # noqa: F403
@@ -38,6 +38,7 @@ __all__ = [
     "model_properties",
     "padding",
     "permutation",
+    "properties",
     "rotation",
     "sample",
     "translation",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -130,31 +131,67 @@ def model_properties(
     """
     import pytest
 
-    tolerances = tolerances or {}
-    chosen = [i for i in INVARIANTS if i in _chosen(only, skip, also, tolerances)]
-    made: list[Subject] = []
-
-    def check_of(invariant: Invariant) -> Callable[[], None]:
-        def check() -> None:
-            __tracebackhide__ = True
-            if not made:
-                made.append(Subject(model, inputs, **options))
-            tolerance = tolerances.get(invariant.name)
-            result = _result(invariant, made[0], examples, seed, tolerance)
-            if result.outcome == "skipped":
-                pytest.skip(result.reason)
-            if result.outcome == "failed":
-                raise AssertionError(result.reason)
-
-        return check
+    each = properties(
+        model,
+        inputs,
+        only=only,
+        skip=skip,
+        also=also,
+        tolerances=tolerances,
+        examples=examples,
+        seed=seed,
+        **options,
+    )
 
     def decorate(test: Callable[..., Any]) -> Callable[..., Any]:
         if "check" not in inspect.signature(test).parameters:
             raise TypeError(f"{test.__name__}: expected an argument named check, to be called")
-        checks = [pytest.param(check_of(each), id=each.name) for each in chosen]
+        checks = [pytest.param(check, id=name) for name, check in each.items()]
         return pytest.mark.parametrize("check", checks)(test)
 
     return decorate
+
+
+def properties(
+    model: Any,
+    inputs: Any,
+    *,
+    only: Iterable[str] | None = None,
+    skip: Iterable[str] = (),
+    also: Iterable[str] = (),
+    tolerances: Mapping[str, float] | None = None,
+    examples: int = EXAMPLES,
+    seed: int = 0,
+    **options: Any,
+) -> dict[str, Callable[[], None]]:
+    """What `model_properties` makes tests of: a function for each invariant, by its name.
+
+    A function raises an AssertionError where its invariant fails, and skips the pytest test that
+    calls it where it says nothing of the model. The model is first looked at when one is called.
+    Invariants of what is not given (``symmetries``, ``shared``, ``reference``) are left out.
+    """
+    tolerances = tolerances or {}
+    chosen = [
+        each
+        for each in _chosen(only, skip, also, tolerances)
+        if each.needs is None or options.get(each.needs)
+    ]
+    made: list[Subject] = []
+
+    def check(invariant: Invariant) -> None:
+        import pytest
+
+        __tracebackhide__ = True
+        if not made:
+            made.append(Subject(model, inputs, **options))
+        tolerance = tolerances.get(invariant.name)
+        result = _result(invariant, made[0], examples, seed, tolerance)
+        if result.outcome == "skipped":
+            pytest.skip(result.reason)
+        if result.outcome == "failed":
+            raise AssertionError(result.reason)
+
+    return {each.name: functools.partial(check, each) for each in chosen}
 
 
 def sample(

@@ -118,7 +118,7 @@ def declare(inputs: Any) -> Any:
         if isinstance(leaf, Declared):
             return leaf
         if not isinstance(leaf, Tensor) or not leaf.numel():
-            place = tree.join(path) or "inputs"
+            place = tree.join(path) if path else "inputs"
             raise TypeError(
                 f"{place}: expected a tensor with elements, or floats, integers, booleans or "
                 f"lengths of funcnets.testing, got {tree.describe(leaf)}"

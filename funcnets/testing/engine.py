@@ -59,12 +59,13 @@ class Invariant:
         name: of the property.
         about: what it says, in a line.
         when: why it does not apply to a subject, or None.
-        check: looks at one case, or, where ``whole`` is true, at all of them together.
+        check: looks at one case, or, where ``whole`` is true, at one after the other.
         tolerance: how far apart equal numbers may be, in units of the largest, in double and in
             single precision.
         examples: the most cases that are tried; fewer for what takes long.
         values: the kinds of inputs that are drawn.
         optional: whether `check_model` leaves it out where it is not asked for.
+        needs: the option without which it has nothing to say.
     """
 
     def __init__(
@@ -76,10 +77,12 @@ class Invariant:
         values: tuple[str, ...] = ("normal",),
         whole: bool = False,
         optional: bool = False,
+        needs: str | None = None,
     ) -> None:
         functools.update_wrapper(self, check)
         self.check, self.when, self.tolerance = check, when, tolerance
         self.examples, self.values, self.whole, self.optional = examples, values, whole, optional
+        self.needs = needs
         self.name = check.__name__
         self.about = inspect.getdoc(check).partition("\n")[0]  # type: ignore[union-attr]
 
@@ -109,6 +112,8 @@ class Invariant:
 
     def applies(self, subject: Subject) -> str | None:
         """Why it says nothing of the model, or None."""
+        if self.needs is not None and not getattr(subject, self.needs):
+            return f"nothing is given for it ({self.needs}=)"
         return None if self.when is None else self.when(subject)
 
     def run(
@@ -121,9 +126,12 @@ class Invariant:
         with torch.random.fork_rng(devices=[]):  # which a wrong model may draw from
             if not self.whole:
                 return self._search(subject, examples, seed, tolerance)
-            samples = [subject.sample(seed * examples + i) for i in range(examples)]
-            trials = [Try(subject, sample, tolerance) for sample in samples]
-            return self._one(trials, samples[0])
+            # As many as it takes, most stop at the first; large, that no part stays without use.
+            sizes = {name: high for name, (_, high) in subject.axes.items()}
+            numbers = range(seed * self.examples, (seed + 1) * self.examples)
+            samples = (subject.sample(number, sizes=sizes) for number in numbers)
+            trials = (Try(subject, sample, tolerance) for sample in samples)
+            return self._one(trials, Sample(sizes, numbers[0]))
 
     def _search(self, subject: Subject, examples: int, seed: int, tolerance: float) -> str | None:
         skipped: list[str | None] = []
@@ -189,15 +197,13 @@ class Invariant:
 
     def _told(self, found: Violation, sample: Sample) -> Violation:
         told = Violation(found.path, found.expected, found.got, found.meaning)
-        sizes = "".join(f", {name}={size}" for name, size in sample.sizes.items())
         meaning = f" ({found.meaning})" if found.meaning else ""
         told.args = (
             f"{self.name}: {self.about}\n"
             f"  where:    {found.path}{meaning}\n"
             f"  expected: {found.expected}\n"
             f"  got:      {found.got}\n"
-            f"  again:    funcnets.testing.sample(model, inputs, seed={sample.seed}, "
-            f"values={sample.values!r}{sizes})",
+            f"  again:    funcnets.testing.sample(model, inputs, {sample})",
         )
         return told
 
@@ -211,7 +217,7 @@ def compare(actual: Any, expected: Any, tolerance: float, meaning: str = "") -> 
     """Raises a `Violation` at the first leaf that differs in name, shape, dtype or value."""
     mine, wanted = dict(tree.leaves_with_path(actual)), dict(tree.leaves_with_path(expected))
     for path in [*wanted, *mine]:
-        place = tree.join(path) or "outputs"
+        place = tree.join(path)
         if path not in mine or path not in wanted:
             side = "nothing" if path not in wanted else tree.describe(wanted[path])
             came = "nothing" if path not in mine else tree.describe(mine[path])
@@ -225,7 +231,7 @@ def finite(leaves: Iterable[tuple[Any, Tensor]], meaning: str) -> None:
         if not leaf.isfinite().all():
             bad = (~leaf.isfinite()).nonzero()[0].tolist()
             raise Violation(
-                tree.join(path) or "outputs",
+                tree.join(path),
                 "finite values",
                 f"{leaf[tuple(bad)].item()} at {bad}",
                 meaning,

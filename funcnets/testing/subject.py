@@ -78,7 +78,7 @@ class Subject:
         checks_shapes: bool | None = None,
     ) -> None:
         self.model = model
-        self.given = params is not None and not callable(params)
+        self.given = isinstance(model, nn.Module) or not (params is None or callable(params))
         self.init, self.apply = _pair(model, params)
         self.inputs = tuple(
             declare(one) for one in (inputs if isinstance(inputs, tuple) else (inputs,))
@@ -235,9 +235,10 @@ class Violation(AssertionError):  # noqa: N818 - it is a finding
     """What an invariant found: where, what was expected and what came."""
 
     def __init__(self, path: str, expected: str, got: str, meaning: str = "") -> None:
-        self.path, self.expected, self.got, self.meaning = path, expected, got, meaning
+        self.path = "outputs" if path == tree.join(()) else path
+        self.expected, self.got, self.meaning = expected, got, meaning
         about = f"{meaning}: " if meaning else ""
-        super().__init__(f"{path}: {about}expected {expected}, got {got}")
+        super().__init__(f"{self.path}: {about}expected {expected}, got {got}")
 
 
 class Skipped(Exception):  # noqa: N818 - it is no error

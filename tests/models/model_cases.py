@@ -27,10 +27,13 @@ from torchvision.ops import MLP, Conv2dNormActivation, Conv3dNormActivation
 from torchvision.ops.misc import ConvNormActivation
 from unet_reference import UNet
 
-from funcnets import models, random, tree
+from funcnets import models, random, testing, tree
 from funcnets.model import Model
 
 DTYPE = torch.float64
+
+
+SEQUENCES = {"recurrent", "seq2seq", "transformer"}
 
 
 class Indices(NamedTuple):
@@ -56,6 +59,32 @@ class Case:
     shapes: tuple[Any, ...]
     module: Callable[[], nn.Module]
     draws: bool = False
+
+    @property
+    def declared(self) -> tuple[Any, ...]:
+        """The inputs as funcnets.testing has them; of floats, the second axis alone is fixed."""
+
+        def declare(shape: Any) -> Any:
+            if isinstance(shape, dict):
+                return {name: declare(each) for name, each in shape.items()}
+            sizes = shape.shape if isinstance(shape, Indices) else shape
+            # Axes whose size may be another: those of space, and of time where features are last.
+            last = self.model.family in SEQUENCES and len(sizes) == 3
+            fixed = {len(sizes) - 1} if last else {1}
+            names = [n if i in fixed else f"size_{n}" for i, n in enumerate(sizes)]
+            axes = " ".join(map(str, ["batch", *names[1:]]))
+            if isinstance(shape, Indices):
+                return testing.integers(axes, shape.high)
+            return testing.floats(axes)
+
+        return tuple(map(declare, self.shapes))
+
+    @property
+    def axes(self) -> dict[str, int]:
+        """The sizes of the named axes but the batch."""
+        found = {axis for leaf in tree.leaves(self.declared) for axis in leaf.axes}
+        names = [axis for axis in found if isinstance(axis, str) and axis != "batch"]
+        return {name: int(name.removeprefix("size_")) for name in names}
 
     def params(self, key: Tensor, dtype: torch.dtype = DTYPE) -> Any:
         """Parameters with no two values alike, and positive variances."""

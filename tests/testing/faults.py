@@ -525,7 +525,7 @@ class LopsidedProduct(torch.autograd.Function):
         return s * b + t * (a + a * a)
 
 
-@fault("hessian_is_symmetric")
+@fault("hessian_products_are_right")
 def a_product_with_lopsided_derivatives(params, x):
     h = layers.linear(params["hidden"], x)
     return LopsidedProduct.apply(h[:, :2], h[:, 2:4])
@@ -667,6 +667,31 @@ def broadcasts_what_does_not_fit(params, x):
 )
 def keeps_parameters_where_no_file_has_names(params, x):
     return layers.linear(params["0"], x) * params["extra"][0]
+
+
+@fault("a_file_changes_nothing", init=lambda key: TensorDict({"a.b": random.normal(key, (3,))}))
+def names_that_no_file_can_tell_apart(params, x):
+    return x * params["a.b"]
+
+
+@fault("tells_a_wrong_input", checks_shapes=True)
+def takes_inputs_of_any_width(params, x):
+    return two_layers(params, x[:, :3])
+
+
+@fault("shares_no_memory", also=["shares_no_memory"])
+def returns_its_input(params, x):
+    return {"outputs": two_layers(params, x), "inputs": x}
+
+
+def init_by_a_generator(key):
+    generator = torch.Generator().manual_seed(int(key[1]))
+    return TensorDict({"w": torch.randn(3, 2, generator=generator)})
+
+
+@fault("initializes_an_ensemble", init=init_by_a_generator)
+def makes_a_generator_of_the_key(params, x):
+    return x @ params["w"]
 
 
 # Right ones that look suspicious.

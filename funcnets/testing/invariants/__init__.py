@@ -1,7 +1,7 @@
 """The invariants, each a function that raises where a model has not the property it names."""
 
 from funcnets.testing.invariants.batch import samples_are_independent, the_order_of_a_batch_is_kept
-from funcnets.testing.invariants.derivatives import hessian_is_symmetric, jvp_and_vjp_agree
+from funcnets.testing.invariants.derivatives import hessian_products_are_right, jvp_and_vjp_agree
 from funcnets.testing.invariants.errors import tells_a_wrong_input, tells_a_wrong_parameter
 from funcnets.testing.invariants.gradients import (
     gradients_are_finite,
@@ -62,7 +62,7 @@ INVARIANTS = (
     gradients_match_finite_differences,
     shared_gradients_add_up,
     jvp_and_vjp_agree,
-    hessian_is_symmetric,
+    hessian_products_are_right,
     vmap_equals_the_loop,
     an_ensemble_trains_as_its_members,
     per_sample_gradients_equal_the_loop,

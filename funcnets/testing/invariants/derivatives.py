@@ -6,7 +6,15 @@ from torch import Tensor
 from torch.func import grad, jvp, vjp
 
 from funcnets.testing.engine import Try, invariant
-from funcnets.testing.invariants.places import At, direction, dot, in_training, size
+from funcnets.testing.invariants.places import (
+    DIFFERENCES,
+    At,
+    closest_difference,
+    direction,
+    dot,
+    in_training,
+    size,
+)
 from funcnets.testing.subject import Violation, smooth
 
 
@@ -28,8 +36,8 @@ def jvp_and_vjp_agree(trial: Try) -> None:
 
 
 @invariant(examples=5)
-def hessian_is_symmetric(trial: Try) -> None:
-    """Two Hessian-vector products, crossed, agree."""
+def hessian_products_are_right(trial: Try) -> None:
+    """Hessian-vector products are symmetric, and what differences of gradients say."""
     at, outputs = in_training(trial)
 
     def loss(at: At) -> Tensor:
@@ -39,4 +47,13 @@ def hessian_is_symmetric(trial: Try) -> None:
     first, second = (jvp(grad(loss), (at,), (way,))[1] for way in ways)
     one, other = dot(first, ways[1]), dot(second, ways[0])
     if not abs(one - other) <= trial.tolerance * (1 + size(first, ways[1])):
-        raise Violation("hessian", f"{other.item():.8g}", f"{one.item():.8g}")
+        raise Violation("hessian", f"{other.item():.8g}", f"{one.item():.8g}", "symmetry")
+    found = closest_difference(
+        lambda h: dot(grad(loss)({path: x + h * ways[0][path] for path, x in at.items()}), ways[1]),
+        one.item(),
+        at,
+    )
+    bound = DIFFERENCES[trial.subject.dtype] * (1 + size(first, ways[1]))
+    if not abs(found - one) <= bound:
+        got = f"{one.item():.8g}"
+        raise Violation("hessian", f"{found:.8g}, by differences of gradients", got)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -23,7 +25,7 @@ def _no_draw(subject: Subject) -> str | None:
 
 
 @invariant(when=_no_draw, whole=True)
-def draws_by_the_key(trials: list[Try]) -> None:
+def draws_by_the_key(trials: Iterator[Try]) -> None:
     """Another key gives other results in training, the same key the same."""
     for trial in trials:
         subject, (params, inputs, key) = trial.subject, trial.parts
@@ -45,11 +47,11 @@ def inference_ignores_the_key(trial: Try) -> None:
 
 
 @invariant(when=_no_init, whole=True)
-def initializes_by_the_key(trials: list[Try]) -> None:
+def initializes_by_the_key(trials: Iterator[Try]) -> None:
     """Parameters are a function of the key alone, and other keys give others."""
-    subject, first = trials[0].subject, None
+    first = None
     for trial in trials:
-        key = trial.sample.key
+        subject, key = trial.subject, trial.sample.key
         params = subject.init(key)
         compare(subject.init(key.clone()), params, 0.0, "init with the same key")
         if first is None:

@@ -57,7 +57,7 @@ def _as_declared(outputs: Any, declared: Any, sizes: Any, mode: str) -> None:
         expected, got = (", ".join(map(tree.join, held)) for held in (wanted, found))
         raise Violation("outputs", expected, got, mode)
     for path, spec in wanted.items():
-        y, place = found[path], tree.join(path) or "outputs"
+        y, place = found[path], tree.join(path)
         kind = "floating" if y.is_floating_point() else "boolean" if y.dtype.itemsize == 1 else ""
         if tuple(y.shape) != spec.shape(sizes) or (kind or "whole") != _KINDS[spec.kind]:
             axes = " ".join(map(str, spec.axes))

@@ -64,7 +64,7 @@ def _close_in(trial: Try, dtype: torch.dtype) -> None:
         if not error <= allowed:
             name = str(dtype).removeprefix("torch.")
             raise Violation(
-                tree.join(path) or "outputs",
+                tree.join(path),
                 f"at most {allowed:.2g} from float64 (rounding moves it by {move.max():.2g})",
                 f"{error:.2g}",
                 name,

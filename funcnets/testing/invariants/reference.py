@@ -15,11 +15,7 @@ from funcnets.testing.invariants.places import At, everything
 from funcnets.testing.subject import Subject, smooth
 
 
-def _no_reference(subject: Subject) -> str | None:
-    return None if subject.reference is not None else "no reference is given (reference=module)"
-
-
-@invariant(when=_no_reference)
+@invariant(needs="reference")
 def equals_the_reference(trial: Try) -> None:
     """Outputs, gradients and, in training, buffers are those of the reference.
 

@@ -154,7 +154,7 @@ def padding(axis: str, lengths: int) -> Symmetry:
     return Symmetry(change, kept, kept)
 
 
-@invariant(when=lambda s: None if s.symmetries else "no symmetry is given (symmetries={name: ...})")
+@invariant(needs="symmetries")
 def has_its_symmetries(trial: Try) -> None:
     """Outputs for changed inputs are the changed outputs, for every symmetry that was given."""
     subject, sample = trial.subject, trial.sample
