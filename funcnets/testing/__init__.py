@@ -4,6 +4,7 @@ Needs Hypothesis. `check_model` tries every invariant that applies and reports; 
 makes a pytest test of each; an invariant alone is a function of a model and its inputs.
 """
 
+from funcnets.testing import strategies
 from funcnets.testing.check import Report, Result, check_model, model_properties, properties, sample
 from funcnets.testing.declared import booleans, floats, integers, lengths
 from funcnets.testing.engine import Invariant
@@ -41,6 +42,7 @@ __all__ = [
     "properties",
     "rotation",
     "sample",
+    "strategies",
     "translation",
     *(invariant.name for invariant in INVARIANTS),
 ]

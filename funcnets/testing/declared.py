@@ -134,14 +134,36 @@ def declare(inputs: Any) -> Any:
     return tree.map_with_path(one, inputs)
 
 
-def axes_of(declared: Any) -> dict[str, tuple[int, int]]:
-    """The named axes, with the sizes they are drawn from."""
+def axes_of(
+    declared: Any, given: Mapping[str, int | tuple[int, int]] | None = None
+) -> dict[str, tuple[int, int]]:
+    """The named axes, with the least and the largest size that they are drawn from.
+
+    Args:
+        declared: a nest of declarations.
+        given: sizes that are wanted for some of them: a number, or the least and the largest.
+    """
     found: dict[str, tuple[int, int]] = {}
     for leaf in tree.leaves(declared):
         for axis in (*leaf.axes, *([leaf.of] if leaf.of else [])):
             if isinstance(axis, str):
                 found[axis] = BATCH if axis == "batch" else SIZES
+    for name, sizes in (given or {}).items():
+        if name not in found:
+            names = ", ".join(found) or "none"
+            raise ValueError(f"axes: expected some of the named axes ({names}), got {name!r}")
+        found[name] = (sizes, sizes) if isinstance(sizes, int) else (sizes[0], sizes[1])
     return found
+
+
+def draw(
+    declared: Any, key: random.Key, sizes: Mapping[str, int], values: str, dtype: torch.dtype
+) -> Any:
+    """Tensors for a nest of declarations."""
+    leaves, structure = tree.flatten(declared)
+    keys = random.split(key, max(len(leaves), 1)).unbind()
+    drawn = [leaf.draw(k, sizes, values, dtype) for k, leaf in zip(keys, leaves, strict=False)]
+    return tree.unflatten(structure, drawn)
 
 
 def _axes(axes: str) -> tuple[int | str, ...]:

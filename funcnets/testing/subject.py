@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from funcnets import random, tree
-from funcnets.testing.declared import axes_of, declare
+from funcnets.testing.declared import axes_of, declare, draw
 from funcnets.tree.flatten import Path
 from funcnets.tree.select import BUFFERS, Where
 
@@ -84,7 +84,7 @@ class Subject:
             declare(one) for one in (inputs if isinstance(inputs, tuple) else (inputs,))
         )
         self.outputs = outputs
-        self.axes = _ranges(axes_of((self.inputs, outputs)), axes or {})
+        self.axes = axes_of((self.inputs, outputs), axes or {})
         self.trainable = tree.matcher(trainable)
         self.perturb, self.momentum = perturb, momentum
         self.reference, self.shared = reference, dict(shared or {})
@@ -187,10 +187,7 @@ class Subject:
         self, key: random.Key, sizes: Mapping[str, int], values: str, dtype: torch.dtype
     ) -> tuple[Any, ...]:
         """Inputs as they are declared."""
-        leaves, structure = tree.flatten(self.inputs)
-        keys = random.split(key, max(len(leaves), 1)).unbind()
-        drawn = [leaf.draw(k, sizes, values, dtype) for k, leaf in zip(keys, leaves, strict=False)]
-        return tree.unflatten(structure, drawn)
+        return draw(self.inputs, key, sizes, values, dtype)
 
     # What is found out.
 
@@ -290,14 +287,3 @@ def _pair(model: Any, params: Any) -> tuple[Callable[..., Any], Callable[..., An
             f"with params, got {model!r}"
         )
     return init, apply
-
-
-def _ranges(
-    found: dict[str, tuple[int, int]], given: Mapping[str, int | tuple[int, int]]
-) -> dict[str, tuple[int, int]]:
-    for name, sizes in given.items():
-        if name not in found:
-            names = ", ".join(found) or "none"
-            raise ValueError(f"axes: expected some of the named axes ({names}), got {name!r}")
-        found[name] = (sizes, sizes) if isinstance(sizes, int) else (sizes[0], sizes[1])
-    return found

@@ -89,7 +89,7 @@ def checks():
             case.declared,
             also=["shares_no_memory"],
             draws=case.draws,
-            examples=10 if THOROUGH else 3,
+            examples=10 if THOROUGH else 2,
             **options
             | {
                 "skip": [*options.get("skip", ()), *skip],

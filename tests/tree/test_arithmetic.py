@@ -124,7 +124,7 @@ def keep_floating(a, b):
     return a if a.is_floating_point() else b
 
 
-@given(params(tensors(dtypes=st.just(torch.float64))), st.floats(0, 1))
+@given(params(tensors(dtype=st.just(torch.float64))), st.floats(0, 1))
 def test_ema(average, decay):
     new = shifted(average, 1)
     expected = tree.map(lambda a, b: decay * a + (1 - decay) * b, average, new)

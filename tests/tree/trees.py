@@ -1,44 +1,12 @@
-"""Parameter trees as Hypothesis draws them."""
+"""What the tests of trees share: trees as Hypothesis draws them, and when two are the same."""
 
 import torch
-from hypothesis import strategies as st
-from tensordict import TensorDict
 
-from funcnets import random, tree
+from funcnets import tree
+from funcnets.testing.strategies import nested, tensors
+from funcnets.testing.strategies import trees as params
 
-NAMES = st.sampled_from(
-    ["weight", "bias", "running_mean", "running_var", "0", "1", "conv1", "layer1", "fc"]
-)
-DTYPES = st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.bool])
-SHAPES = st.lists(st.integers(0, 3), max_size=3).map(tuple)
-
-
-def _tensor(shape, dtype, seed):
-    values = random.normal(random.key(seed), shape, 0.0, 3.0, torch.float64)
-    return values > 0 if dtype == torch.bool else values.to(dtype)
-
-
-def tensors(shapes=SHAPES, dtypes=DTYPES):
-    return st.builds(_tensor, shapes, dtypes, st.integers(0, 2**32))
-
-
-def nested(leaves=None, min_size=1):
-    """Nested dicts of tensors, without empty ones below the root."""
-    leaves = tensors() if leaves is None else leaves
-    return st.dictionaries(
-        NAMES,
-        st.recursive(
-            leaves,
-            lambda inner: st.dictionaries(NAMES, inner, min_size=1, max_size=3),
-            max_leaves=8,
-        ),
-        min_size=min_size,
-        max_size=4,
-    )
-
-
-def params(leaves=None, min_size=1):
-    return nested(leaves, min_size).map(lambda entries: TensorDict(entries))
+__all__ = ["nested", "params", "same", "tensors"]
 
 
 def same(first, second):
