@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from typing import Any, TypeAlias
 
 from tensordict import TensorDict
@@ -34,17 +35,23 @@ class Taps:
             dict(taps) if isinstance(taps, Mapping) else dict.fromkeys(taps)
         )
         self._found: dict[str, Any] = {}
-        self._known: list[str] = []
+        self._known: dict[str, None] = {}  # in the order of the places
 
     def __call__(self, name: str, value: Any) -> Any:
         """The value at a named place, replaced if the tap says so; remembered if it is tapped."""
         if not self._wanted:
             return value
-        self._known.append(name)
+        self._known[name] = None
         if name in self._wanted:
             replace = self._wanted[name]
             value = self._found[name] = value if replace is None else replace(value)
         return value
+
+    def at(self, name: str) -> Callable[[Any], Any] | None:
+        """The tap of a named place, or None where nobody wants what would be computed for it."""
+        if self._wanted:
+            self._known[name] = None
+        return partial(self, name) if name in self._wanted else None
 
     def run(
         self, name: str, model: Any, params: Any, *inputs: Any, train: bool, key: Any = None
@@ -62,7 +69,7 @@ class Taps:
         if within:
             result, found = result
             for place, value in found.items():
-                self._known.append(f"{name}.{place}")
+                self._known[f"{name}.{place}"] = None
                 self._found[f"{name}.{place}"] = value
         return self(name, result), buffers
 

@@ -14,7 +14,13 @@ from funcnets.layers.activations import (
     squared_relu,
     swiglu,
 )
-from funcnets.layers.attention import attention, attention_inputs, attention_outputs, init_attention
+from funcnets.layers.attention import (
+    attention,
+    attention_inputs,
+    attention_outputs,
+    attention_queries,
+    init_attention,
+)
 from funcnets.layers.attention_pooling import attention_pooling, init_attention_pooling
 from funcnets.layers.buffers import finish, with_buffers
 from funcnets.layers.cells import (
@@ -44,7 +50,7 @@ from funcnets.layers.dropout import (
 from funcnets.layers.embedding import embedding, embedding_bag, init_embedding, unembed
 from funcnets.layers.feed_forward import feed_forward, init_feed_forward
 from funcnets.layers.inverted_residual import init_inverted_residual, inverted_residual
-from funcnets.layers.key_value_cache import KeyValueCache, cached_attention
+from funcnets.layers.key_value_cache import KeyValueCache, cached_attention, memory_attention
 from funcnets.layers.linear import bilinear, init_bilinear, init_linear, linear
 from funcnets.layers.linear_attention import (
     elu_features,
@@ -104,6 +110,7 @@ from funcnets.layers.residual import init_bottleneck_block, init_residual_block,
 from funcnets.layers.scaled_dot_product import band_mask, scaled_dot_product_attention
 from funcnets.layers.squeeze_excitation import init_squeeze_excitation, squeeze_excitation
 from funcnets.layers.transformer import (
+    cached_decoder_layer,
     cached_encoder_layer,
     decoder_layer,
     encoder_layer,
@@ -127,6 +134,7 @@ __all__ = [
     "attention_inputs",
     "attention_outputs",
     "attention_pooling",
+    "attention_queries",
     "avg_pool1d",
     "avg_pool2d",
     "avg_pool3d",
@@ -135,6 +143,7 @@ __all__ = [
     "batch_norm",
     "bilinear",
     "cached_attention",
+    "cached_decoder_layer",
     "cached_encoder_layer",
     "channel_dropout",
     "conv",
@@ -201,6 +210,7 @@ __all__ = [
     "max_pool1d",
     "max_pool2d",
     "max_pool3d",
+    "memory_attention",
     "mixture",
     "quick_gelu",
     "relative_bias",

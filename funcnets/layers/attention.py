@@ -14,10 +14,15 @@ from torch import Tensor
 
 from funcnets import random
 from funcnets.layers.dropout import Rate
-from funcnets.layers.initializers import xavier_uniform
+from funcnets.layers.initializers import normal, xavier_uniform
 from funcnets.layers.linear import linear, uniform_within
 from funcnets.layers.params import check_dtype, check_positive, entries, fail, shape
-from funcnets.layers.scaled_dot_product import check_mask, scaled_dot_product_attention
+from funcnets.layers.scaled_dot_product import (
+    WeightsTap,
+    band_mask,
+    check_mask,
+    scaled_dot_product_attention,
+)
 from funcnets.random import Key
 from funcnets.tree.flatten import describe
 
@@ -34,6 +39,7 @@ def init_attention(
     key_width: int | None = None,
     value_width: int | None = None,
     bias: bool = True,
+    bias_kv: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> TensorDict:
     """Parameters of `attention`, named and distributed as in ``torch.nn.MultiheadAttention``.
@@ -46,6 +52,8 @@ def init_attention(
         key_value_heads: a divisor of ``heads``, by default ``heads``; 1 is multi-query attention.
         key_width, value_width: of the keys and values given to `attention`; by default ``width``.
         bias: of all four projections.
+        bias_kv: whether to add ``bias_k`` and ``bias_v``, one more key and its value that are
+            learned, which every query may attend to.
     """
     layer = "init_attention"
     groups = heads if key_value_heads is None else key_value_heads
@@ -79,6 +87,10 @@ def init_attention(
     if bias:
         found["in_proj_bias"] = torch.zeros(width + 2 * shared, dtype=dtype, device=key.device)
         out_proj["bias"] = torch.zeros(width, dtype=dtype, device=key.device)
+    if bias_kv:
+        made = normal(std=shared**-0.5)
+        for name, one in zip("kv", random.split(random.fold_in(key, 4)), strict=True):
+            found[f"bias_{name}"] = made(one, (1, 1, shared), dtype)
     return TensorDict({**found, "out_proj": TensorDict(out_proj)})
 
 
@@ -135,16 +147,19 @@ def attention(  # type: ignore[misc]
     dropout: Rate = 0.0,
     key: Key | None = None,
     weights: bool = False,
+    tap: WeightsTap | None = None,
+    zero_attention: bool = False,
     fused: bool = True,
 ) -> (
     Float[Tensor, "*batch queries width"]
-    | tuple[Float[Tensor, "*batch queries width"], Float[Tensor, "*batch heads queries keys"]]
+    | tuple[Float[Tensor, "*batch queries width"], Float[Tensor, "*batch heads queries seen"]]
 ):
     """Attention with several heads (Vaswani et al. 2017), as ``torch.nn.MultiheadAttention``.
 
     Batches come first; there is no batch-second layout. Masks say what may be attended to, where
     torch's boolean masks say what may not. A query with nothing to attend to gives what the output
-    projection makes of zeros (its bias).
+    projection makes of zeros (its bias). Parameters with ``bias_k`` and ``bias_v`` are one more key
+    behind the others, which no mask covers.
 
     Args:
         keys: what is attended to; by default the queries.
@@ -163,6 +178,9 @@ def attention(  # type: ignore[misc]
             ``positions`` (Henry et al. 2020).
         dropout: the rate at which attention weights are dropped, if ``key`` is given as well.
         weights: whether to return the attention weights of each head, too.
+        tap: gets the attention weights; see `scaled_dot_product_attention`.
+        zero_attention: whether to add one more key and its value, of zeros, behind all others
+            (``add_zero_attn``).
         fused: False keeps to plain arithmetic; see `scaled_dot_product_attention`.
 
     Raises:
@@ -179,6 +197,19 @@ def attention(  # type: ignore[misc]
         check_padding("attention", padding, (*k.shape[:-3], k.shape[-2]))
         real = rearrange(padding, "... keys -> ... 1 1 keys")
         mask = real if mask is None else mask & real
+    more = [_more_keys(params, k.shape[-1])] if "bias_k" in entries(params) else []
+    if zero_attention:
+        more.append((torch.zeros_like(k[..., :1, :]), torch.zeros_like(v[..., :1, :])))
+    if more:
+        # Places are those of the keys without these.
+        band = band_mask(q.shape[-2], k.shape[-2], causal=causal, window=window, device=q.device)
+        mask = band if mask is None else mask if band is None else mask & band
+        causal, window, time = False, None, k.shape[-2]
+        mask, bias = (_wider(one, time, len(more)) for one in (mask, bias))
+        k, v = (
+            torch.cat([x, *(one.expand(*x.shape[:-2], 1, -1) for one in each)], -2)
+            for x, each in zip((k, v), zip(*more, strict=True), strict=True)
+        )
     outputs = scaled_dot_product_attention(
         q,
         k,
@@ -190,6 +221,7 @@ def attention(  # type: ignore[misc]
         dropout=dropout,
         key=key,
         weights=weights,
+        tap=tap,
         fused=fused,
     )
     if isinstance(outputs, tuple):
@@ -226,8 +258,7 @@ def attention_inputs(
     weight, bias = found.get("in_proj_weight", None), found.get("in_proj_bias", None)
     packed: tuple[Tensor, ...] = (weight,) if weight is not None else _separate(layer, found)
     width = packed[0].shape[1 if weight is not None else 0]
-    if heads < 1 or width % heads:
-        raise ValueError(f"{layer}: heads: expected a divisor of the width, {width}, got {heads}")
+    _check_heads(width, heads)
     head_width = width // heads
     rows = (packed[0].shape[0] - width) // 2 if weight is not None else packed[1].shape[0]
     _check_rows(layer, packed, width, rows, heads, head_width)
@@ -263,6 +294,25 @@ def attention_inputs(
     return q, k, v
 
 
+def attention_queries(
+    params: TensorDict, queries: Float[Tensor, "*batch queries width"], heads: int
+) -> Float[Tensor, "*batch heads queries head_width"]:
+    """The queries of every head alone, for keys and values that are there already.
+
+    >>> params = init_attention(random.key(0), width=8, heads=4)
+    >>> attention_queries(params, torch.ones(5, 8), heads=4).shape
+    torch.Size([4, 5, 2])
+    """
+    found = entries(params)
+    weight, bias = found.get("in_proj_weight", None), found.get("in_proj_bias", None)
+    weight = _separate("attention", found)[0] if weight is None else weight
+    width = weight.shape[1]
+    _check_heads(width, heads)
+    _check_input("attention", "queries", queries, weight, queries, queries)
+    q = F.linear(queries, weight[:width], None if bias is None else bias[:width])
+    return rearrange(q, "... time (heads d) -> ... heads time d", heads=heads)
+
+
 def attention_outputs(
     params: TensorDict, x: Float[Tensor, "*batch heads queries head_width"]
 ) -> Float[Tensor, "*batch queries width"]:
@@ -284,6 +334,28 @@ def check_padding(layer: str, padding: Tensor, expected: tuple[int, ...]) -> Non
         )
     if padding.shape != expected:
         fail(layer, "padding", str(list(expected)), padding.shape)
+
+
+def _more_keys(params: TensorDict, head_width: int) -> tuple[Tensor, Tensor]:
+    found = entries(params)
+    pattern = "1 1 (groups d) -> groups 1 d"
+    return (
+        rearrange(found["bias_k"], pattern, d=head_width),
+        rearrange(found["bias_v"], pattern, d=head_width),
+    )
+
+
+def _wider(x: Tensor | None, time: int, more: int) -> Tensor | None:
+    """A mask or a bias over ``time`` keys with ``more`` keys behind, which it does not touch."""
+    if x is None:
+        return None
+    x = x.expand(*x.shape[:-1], time)
+    return torch.cat([x, x.new_full((*x.shape[:-1], more), x.dtype == torch.bool)], -1)
+
+
+def _check_heads(width: int, heads: int) -> None:
+    if heads < 1 or width % heads:
+        raise ValueError(f"attention: heads: expected a divisor of the width, {width}, got {heads}")
 
 
 def _separate(layer: str, found: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,9 +10,15 @@ from jaxtyping import Bool, Float, Int
 from tensordict import TensorDict
 from torch import Tensor
 
-from funcnets.layers.attention import Positions, attention_inputs, attention_outputs
-from funcnets.layers.params import fail
-from funcnets.layers.scaled_dot_product import scaled_dot_product_attention
+from funcnets.layers.attention import (
+    Positions,
+    attention_inputs,
+    attention_outputs,
+    attention_queries,
+    check_padding,
+)
+from funcnets.layers.params import entries, fail
+from funcnets.layers.scaled_dot_product import WeightsTap, scaled_dot_product_attention
 
 
 class KeyValueCache(NamedTuple):
@@ -41,6 +47,7 @@ def cached_attention(
     bias: Float[Tensor, ...] | None = None,
     window: int | None = None,
     normalize: bool = False,
+    tap: WeightsTap | None = None,
 ) -> tuple[Float[Tensor, "*batch time width"], KeyValueCache]:
     """`attention`, causal, of new tokens to themselves and to those in the cache.
 
@@ -50,6 +57,7 @@ def cached_attention(
             count as not there); by default all.
         positions, window, normalize: as in `attention`; keys are kept as ``positions`` turns them.
         bias: added to the scores, broadcasts to [*batch, heads, time, capacity].
+        tap: gets the attention weights, [*batch, heads, time, capacity].
 
     Returns:
         What `attention` gives, and the cache with the new tokens in it.
@@ -63,6 +71,8 @@ def cached_attention(
     >>> outputs.shape, cache.length
     (torch.Size([5, 8]), tensor(5))
     """
+    if "bias_k" in entries(params):
+        raise ValueError("cached_attention: params: expected no bias_k and bias_v")
     q, k, v = attention_inputs(params, x, None, None, heads, positions, normalize)
     expected = (*k.shape[:-2], cache.keys.shape[-2], k.shape[-1])
     for name, kept in (("keys", cache.keys), ("values", cache.values)):
@@ -76,9 +86,37 @@ def cached_attention(
     )
     mask = _seen(places, cache.keys.shape[-2], window)
     outputs = scaled_dot_product_attention(
-        q, new.keys, new.values, mask=rearrange(mask, "... q k -> ... 1 q k"), bias=bias
+        q, new.keys, new.values, mask=rearrange(mask, "... q k -> ... 1 q k"), bias=bias, tap=tap
     )
     return attention_outputs(params, outputs), new
+
+
+def memory_attention(
+    params: TensorDict,
+    x: Float[Tensor, "*batch time width"],
+    keys: Float[Tensor, "*batch groups memory_time head_width"],
+    values: Float[Tensor, "*batch groups memory_time head_width"],
+    *,
+    heads: int,
+    padding: Bool[Tensor, "*batch memory_time"] | None = None,
+    tap: WeightsTap | None = None,
+) -> Float[Tensor, "*batch time width"]:
+    """`attention` to a memory whose keys and values `attention_inputs` gave before.
+
+    >>> from funcnets import random
+    >>> from funcnets.layers import init_attention
+    >>> params, memory = init_attention(random.key(0), width=8, heads=2), torch.ones(7, 8)
+    >>> _, keys, values = attention_inputs(params, memory, None, None, heads=2)
+    >>> memory_attention(params, torch.ones(5, 8), keys, values, heads=2).shape
+    torch.Size([5, 8])
+    """
+    mask = None
+    if padding is not None:
+        check_padding("memory_attention", padding, (*keys.shape[:-3], keys.shape[-2]))
+        mask = rearrange(padding, "... keys -> ... 1 1 keys")
+    q = attention_queries(params, x, heads)
+    outputs = scaled_dot_product_attention(q, keys, values, mask=mask, tap=tap)
+    return attention_outputs(params, outputs)
 
 
 def new_places(length: Int[Tensor, "*batch"], time: int) -> Int[Tensor, "*batch time"]:

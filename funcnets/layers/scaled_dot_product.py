@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, overload
+from collections.abc import Callable
+from typing import Any, Literal, TypeAlias, overload
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,8 @@ from funcnets.layers.params import check_dtype, fail, shape
 from funcnets.random import Key
 from funcnets.tree.flatten import describe
 
+# What reads the attention weights, and what it gives takes their place.
+WeightsTap: TypeAlias = Callable[[Tensor], Tensor]
 # The least number of queries that are taken together where a window leaves most keys unseen.
 BLOCK = 32
 
@@ -52,6 +55,7 @@ def scaled_dot_product_attention(  # type: ignore[misc]
     dropout: Rate = 0.0,
     key: Key | None = None,
     weights: bool = False,
+    tap: WeightsTap | None = None,
     fused: bool = True,
 ) -> (
     Float[Tensor, "*batch heads queries value_width"]
@@ -67,8 +71,8 @@ def scaled_dot_product_attention(  # type: ignore[misc]
 
     torch's fused kernel computes it where a first derivative is all that can be asked for; plain
     arithmetic of the same result does under vmap and jvp, in a gradient of a gradient, with
-    dropout, and where the weights are returned. What cannot be seen beforehand is a second
-    derivative by plain autograd (``create_graph=True``), and any transform within plain
+    dropout, and where the weights are returned or tapped. What cannot be seen beforehand is a
+    second derivative by plain autograd (``create_graph=True``), and any transform within plain
     torch.compile, where the kernel has no second derivative and a vmap of it is a loop: ask for
     plain arithmetic there with ``fused=False``.
 
@@ -82,6 +86,8 @@ def scaled_dot_product_attention(  # type: ignore[misc]
         scale: of the scores; by default ``1 / sqrt(head_width)``.
         dropout: the rate at which weights are dropped, if ``key`` is given as well.
         weights: whether to return the attention weights, too (after dropout).
+        tap: a function that is given the attention weights, before dropout, and whose result takes
+            their place; see `funcnets.taps`.
         fused: False keeps to plain arithmetic.
 
     Raises:
@@ -95,10 +101,11 @@ def scaled_dot_product_attention(  # type: ignore[misc]
     _check(q, k, v, mask, bias, window)
     queries, keys = q.shape[-2], k.shape[-2]
     whole = mask is None and bias is None and queries <= keys  # so every query has its own key
-    if window is not None and _in_blocks(queries, keys, window, mask, bias, weights):
+    seen = weights or tap is not None
+    if window is not None and _in_blocks(queries, keys, window, mask, bias, seen):
         return _banded(q, k, v, mask, causal, window, scale, dropout, key, fused)
     plain = (
-        weights
+        seen
         or not fused
         or draws(key, dropout)
         or not _torch.first_order()
@@ -111,7 +118,7 @@ def scaled_dot_product_attention(  # type: ignore[misc]
             mask = band if mask is None else mask & band
         causal = False
     if plain:
-        return _arithmetic(q, k, v, mask, bias, whole, scale, dropout, key, weights)
+        return _arithmetic(q, k, v, mask, bias, whole, scale, dropout, key, weights, tap)
     return _fused(q, k, v, mask, bias, causal, whole, scale)
 
 
@@ -143,14 +150,14 @@ def band_mask(
 
 
 def _in_blocks(
-    queries: int, keys: int, window: int, mask: Tensor | None, bias: Tensor | None, weights: bool
+    queries: int, keys: int, window: int, mask: Tensor | None, bias: Tensor | None, seen: bool
 ) -> bool:
     """Whether a window is narrow enough to compute its scores alone, and nothing needs the others.
 
     A mask of the keys alone, such as padding, can be cut into blocks with them.
     """
     cut = mask is None or mask.shape[-2] == 1
-    return queries == keys >= 4 * max(window, BLOCK) and cut and bias is None and not weights
+    return queries == keys >= 4 * max(window, BLOCK) and cut and bias is None and not seen
 
 
 def _banded(
@@ -242,6 +249,7 @@ def _arithmetic(
     rate: Rate,
     key: Tensor | None,
     weights: bool,
+    tap: WeightsTap | None,
 ) -> Any:
     shared = q.shape[-3] // k.shape[-3]
     q = q * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
@@ -261,6 +269,8 @@ def _arithmetic(
     if mask is not None and not whole:
         some = reduce(mask, "... q k -> ... q 1", "any")
         probabilities = torch.where(some, probabilities, 0.0)
+    if tap is not None:
+        probabilities = tap(probabilities)
     probabilities = dropout_if(key, probabilities, rate)
     if shared > 1:
         outputs = rearrange(probabilities, "... (g n) q k -> ... g (n q) k", n=shared) @ v

@@ -14,9 +14,10 @@ from funcnets import random
 from funcnets.layers.attention import Positions, attention, init_attention
 from funcnets.layers.dropout import Rate, draws, dropout_if
 from funcnets.layers.feed_forward import FeedForward, feed_forward, init_feed_forward
-from funcnets.layers.key_value_cache import KeyValueCache, cached_attention
+from funcnets.layers.key_value_cache import KeyValueCache, cached_attention, memory_attention
 from funcnets.layers.norm import init_layer_norm, init_rms_norm, layer_norm, rms_norm
 from funcnets.layers.params import entries
+from funcnets.layers.scaled_dot_product import WeightsTap
 from funcnets.random import Key
 
 Norm: TypeAlias = Literal["layer", "rms"]
@@ -75,6 +76,7 @@ def encoder_layer(
     normalize: bool = False,
     dropout: Rate = 0.0,
     key: Key | None = None,
+    tap: WeightsTap | None = None,
     fused: bool = True,
 ) -> Float[Tensor, "*batch time width"]:
     """Self-attention and a feed-forward part, as ``torch.nn.TransformerEncoderLayer``.
@@ -86,7 +88,7 @@ def encoder_layer(
         activation: of the feed-forward part; see `feed_forward`.
         norm: which kind the parameters are of, "layer" or "rms".
         eps: of the norms; by default as in `layer_norm` and `rms_norm`.
-        mask, causal, padding, positions, bias, window, normalize, fused: see `attention`.
+        mask, causal, padding, positions, bias, window, normalize, tap, fused: see `attention`.
         dropout: the rate for the attention weights, after the activation, and at the end of each
             part; applied if ``key`` is given as well.
 
@@ -111,6 +113,7 @@ def encoder_layer(
             normalize=normalize,
             dropout=dropout,
             key=keys[0],
+            tap=tap,
             fused=fused,
         )
         return outputs, None
@@ -135,12 +138,13 @@ def cached_encoder_layer(
     normalize: bool = False,
     dropout: Rate = 0.0,
     key: Key | None = None,
+    tap: WeightsTap | None = None,
 ) -> tuple[Float[Tensor, "*batch time width"], KeyValueCache]:
     """`encoder_layer`, causal, for tokens that follow those in the cache; and the new cache.
 
     Args:
-        cache, counts, positions, bias, window, normalize: see `cached_attention`. No dropout of the
-            attention weights.
+        cache, counts, positions, bias, window, normalize, tap: see `cached_attention`. No dropout
+            of the attention weights.
     """
     keys = _keys(key, dropout, 4)
 
@@ -155,6 +159,7 @@ def cached_encoder_layer(
             bias=bias,
             window=window,
             normalize=normalize,
+            tap=tap,
         )
 
     return _encode(params, x, attend, norm_first, activation, norm, eps, dropout, keys)
@@ -212,13 +217,15 @@ def decoder_layer(
     memory_padding: Bool[Tensor, ...] | None = None,
     dropout: Rate = 0.0,
     key: Key | None = None,
+    tap: WeightsTap | None = None,
+    memory_tap: WeightsTap | None = None,
     fused: bool = True,
 ) -> Float[Tensor, "*batch time width"]:
     """Self-attention, attention to a memory, feed-forward: ``torch.nn.TransformerDecoderLayer``.
 
     As there, self-attention is causal only where ``causal`` or a mask makes it so. Arguments are
     those of `encoder_layer`; ``memory_mask`` and ``memory_padding`` say what of the memory may be
-    attended to.
+    attended to, and ``memory_tap`` gets the weights of that attention.
 
     >>> import torch
     >>> params = init_decoder_layer(random.key(0), width=8, heads=2, hidden=16)
@@ -238,12 +245,13 @@ def decoder_layer(
             padding=padding,
             dropout=dropout,
             key=keys[0],
+            tap=tap,
             fused=fused,
         )
         return outputs, None
 
-    def attend_to_memory(x: Tensor) -> tuple[Tensor, None]:
-        outputs = attention(
+    def attend_to_memory(x: Tensor) -> Tensor:
+        return attention(
             found["multihead_attn"],
             x,
             memory,
@@ -252,19 +260,88 @@ def decoder_layer(
             padding=memory_padding,
             dropout=dropout,
             key=keys[4],
+            tap=memory_tap,
             fused=fused,
         )
-        return outputs, None
+
+    return _decode(
+        params, x, attend, attend_to_memory, norm_first, activation, norm, eps, dropout, keys
+    )[0]
+
+
+def cached_decoder_layer(
+    params: TensorDict,
+    x: Float[Tensor, "*batch time width"],
+    cache: KeyValueCache,
+    memory_keys: Float[Tensor, "*batch groups memory_time head_width"],
+    memory_values: Float[Tensor, "*batch groups memory_time head_width"],
+    *,
+    heads: int,
+    counts: Int[Tensor, "*batch"] | None = None,
+    norm_first: bool = False,
+    activation: FeedForward = "relu",
+    norm: Norm = "layer",
+    eps: float | None = None,
+    memory_padding: Bool[Tensor, "*batch memory_time"] | None = None,
+    dropout: Rate = 0.0,
+    key: Key | None = None,
+    tap: WeightsTap | None = None,
+    memory_tap: WeightsTap | None = None,
+) -> tuple[Float[Tensor, "*batch time width"], KeyValueCache]:
+    """`decoder_layer`, causal, for tokens that follow those in the cache; and the new cache.
+
+    Args:
+        cache, counts: see `cached_attention`. No dropout of the attention weights.
+        memory_keys, memory_values: see `memory_attention`; ``multihead_attn`` makes them.
+    """
+    found, keys = entries(params), _keys(key, dropout, 6)
+
+    def attend(x: Tensor) -> tuple[Tensor, KeyValueCache]:
+        return cached_attention(found["self_attn"], x, cache, heads=heads, counts=counts, tap=tap)
+
+    def attend_to_memory(x: Tensor) -> Tensor:
+        return memory_attention(
+            found["multihead_attn"],
+            x,
+            memory_keys,
+            memory_values,
+            heads=heads,
+            padding=memory_padding,
+            tap=memory_tap,
+        )
+
+    return _decode(
+        params, x, attend, attend_to_memory, norm_first, activation, norm, eps, dropout, keys
+    )
+
+
+def _decode(
+    params: TensorDict,
+    x: Tensor,
+    attend: Callable[[Tensor], tuple[Tensor, _State]],
+    attend_to_memory: Callable[[Tensor], Tensor],
+    norm_first: bool,
+    activation: FeedForward,
+    norm: Norm,
+    eps: float | None,
+    dropout: Rate,
+    keys: tuple[Tensor | None, ...],
+) -> tuple[Tensor, _State]:
+    found = entries(params)
+
+    def remember(x: Tensor) -> tuple[Tensor, None]:
+        return attend_to_memory(x), None
 
     def feed(x: Tensor) -> tuple[Tensor, None]:
         return feed_forward(params, x, activation=activation, dropout=dropout, key=keys[2]), None
 
-    def normed(name: str, x: Tensor) -> Tensor:
-        return _norm(found[name], x, norm, eps)
+    def normed(name: str) -> Callable[[Tensor], Tensor]:
+        return lambda x: _norm(found[name], x, norm, eps)
 
-    x, _ = _part(x, attend, lambda x: normed("norm1", x), norm_first, dropout, keys[1])
-    x, _ = _part(x, attend_to_memory, lambda x: normed("norm2", x), norm_first, dropout, keys[5])
-    return _part(x, feed, lambda x: normed("norm3", x), norm_first, dropout, keys[3])[0]
+    x, state = _part(x, attend, normed("norm1"), norm_first, dropout, keys[1])
+    x, _ = _part(x, remember, normed("norm2"), norm_first, dropout, keys[5])
+    x, _ = _part(x, feed, normed("norm3"), norm_first, dropout, keys[3])
+    return x, state
 
 
 def _encode(

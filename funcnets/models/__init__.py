@@ -62,7 +62,12 @@ from funcnets.models.resnet import (
 from funcnets.models.seq2seq import seq2seq
 from funcnets.models.siamese import siamese
 from funcnets.models.swin import swin, swin_b, swin_s, swin_t, swin_v2_b, swin_v2_s, swin_v2_t
-from funcnets.models.transformer import transformer, transformer_decoder, transformer_encoder
+from funcnets.models.transformer import (
+    transformer,
+    transformer_cache,
+    transformer_decoder,
+    transformer_encoder,
+)
 from funcnets.models.unet import unet
 from funcnets.models.vgg import (
     vgg,
@@ -146,6 +151,7 @@ __all__ = [
     "swin_v2_s",
     "swin_v2_t",
     "transformer",
+    "transformer_cache",
     "transformer_decoder",
     "transformer_encoder",
     "unet",

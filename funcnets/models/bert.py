@@ -86,7 +86,9 @@ def bert(
     learned), ``segments`` (if any), ``embedding_norm``, ``layers`` (named as those of
     ``torch.nn.TransformerEncoder``), with ``norm_first`` also ``norm``, and the head: ``transform``
     and ``head_norm`` before the embedding serves as output projection, and ``head_bias``. Taps are
-    ``embedding``, ``layers.{i}`` (where layers are not stacked) and ``encoder``, the last of them.
+    ``embedding``, ``layers.{i}.self_attn.weights`` (the attention [*batch, heads, queries, keys],
+    which is computed for the tap alone, and may be replaced), ``layers.{i}`` (both where layers are
+    not stacked) and ``encoder``, the last of them.
 
     ``apply(params, tokens, padding=..., segments=...)``: ``padding`` [*batch, time] is True for
     real tokens (others are attended to by none), ``segments`` [*batch, time] tells for each token
@@ -214,7 +216,9 @@ def forward(
         config.positions, time, time, config.width, config.heads, x
     )
 
-    def layer(params: Any, x: Tensor, key: Tensor | None) -> tuple[Tensor, None]:
+    def layer(
+        params: Any, x: Tensor, key: Tensor | None, look: layer_stack.Look
+    ) -> tuple[Tensor, None]:
         x = encoder_layer(
             params,
             x,
@@ -225,6 +229,7 @@ def forward(
             padding=padding,
             dropout=config.dropout,
             key=key,
+            tap=look("self_attn"),
             **options,
         )
         return x, None

@@ -6,13 +6,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, TypeAlias
 
-import torch
-from einops import rearrange
 from jaxtyping import Int
 from tensordict import TensorDict
 from torch import Tensor
 
-from funcnets import _torch, layers, random
+from funcnets import layers, random
 from funcnets.layers import init_linear, linear
 from funcnets.layers.feed_forward import FeedForward
 from funcnets.layers.key_value_cache import KeyValueCache, new_places
@@ -95,7 +93,9 @@ def gpt(
     A Transformer with norms before each part and causal attention, first values as in GPT-2
     (Radford et al. 2019). Parameters are ``embedding``, ``positions`` if they are learned,
     ``layers`` (named as those of ``torch.nn.TransformerEncoder``), ``norm``, and ``head`` if not
-    ``tied``. Taps are ``embedding``, ``layers.{i}`` (where layers are not stacked) and ``norm``.
+    ``tied``. Taps are ``embedding``, ``layers.{i}.self_attn.weights`` (the attention [*batch,
+    heads, queries, keys], which is computed for the tap alone, and may be replaced), ``layers.{i}``
+    (both where layers are not stacked) and ``norm``.
 
     ``apply(params, tokens, cache=cache)`` gives ``(logits, cache)`` for tokens that follow those in
     the cache, which begins as `gpt_cache`: token by token, or in chunks, the logits are those of
@@ -125,6 +125,7 @@ def gpt(
             ``sqrt(2 * depth)``.
         soft_cap: logits become ``soft_cap * tanh(logits / soft_cap)`` (Gemma 2).
 
+    >>> import torch
     >>> model = gpt(vocabulary=10, context=8, width=16, depth=2, heads=2)
     >>> params = model.init(random.key(0))
     >>> logits, cache = model.apply(params, torch.tensor([[1, 2]]), cache=gpt_cache(
@@ -209,19 +210,12 @@ def gpt_cache(
         capacity: how many tokens it may come to hold, by default the context; what is never used
             costs time.
     """
-    capacity = config.context if capacity is None else capacity
-    blocks.check_sizes("gpt_cache", capacity=capacity)
-    if capacity > config.context:
-        raise ValueError(
-            f"gpt_cache: capacity: expected at most {config.context} (the context), got {capacity}"
-        )
-    weight = entries(entries(params)["embedding"])["weight"]
     heads = config.key_value_heads or config.heads
-    size = (*batch, config.depth, heads, capacity, config.width // config.heads)
-    length = torch.zeros(batch, dtype=torch.int64, device=weight.device)
-    # Apart: what writes into one must not change the other.
-    keys, values = (torch.zeros(size, dtype=weight.dtype, device=weight.device) for _ in range(2))
-    return TensorDict({"keys": keys, "values": values, "length": length})
+    size = (config.depth, heads, config.width // config.heads)
+    weight = entries(entries(params)["embedding"])["weight"]
+    return tensordict(
+        layer_stack.empty_cache("gpt_cache", batch, size, capacity, config.context, weight)
+    )
 
 
 def forward(
@@ -243,7 +237,8 @@ def forward(
     keys = random.split(key, config.depth + 1) if draws and key is not None else None
     time = tokens.shape[-1]
     if cache is not None:
-        _check_cache(cache, tokens, lengths, config)
+        size = (config.depth, config.key_value_heads or config.heads, config.width // config.heads)
+        layer_stack.check_cache("gpt", "tokens", cache, tokens.shape, size, lengths)
     elif lengths is not None:
         raise ValueError("gpt: lengths: expected None without a cache (later tokens change none)")
     places = time if cache is None else new_places(cache["length"], time)
@@ -262,8 +257,7 @@ def forward(
     run: layer_stack.Layer = partial(_layer, options=options)
     if cache is not None:
         run = partial(_cached_layer, options=options, length=cache["length"], counts=lengths)
-        for part in ("keys", "values"):
-            xs[part] = rearrange(cache[part], "... depth h t d -> depth ... h t d")
+        xs |= layer_stack.by_depth({part: cache[part] for part in ("keys", "values")})
     x, kept = layer_stack.run_layers(
         tap, "layers", found["layers"], x, config.depth, config.share, run, xs or None
     )
@@ -273,7 +267,7 @@ def forward(
         outputs = config.soft_cap * (outputs / config.soft_cap).tanh()
     if cache is None:
         return tap.finish(outputs, {}, train)
-    new = {n: rearrange(part, "depth ... h t d -> ... depth h t d") for n, part in kept.items()}
+    new = layer_stack.by_row(kept)
     new["length"] = cache["length"] + (time if lengths is None else lengths)
     return tap.finish((outputs, tensordict(new)), {}, train)
 
@@ -294,48 +288,24 @@ def _options(config: Config, x: Tensor, places: Any, keys: int) -> dict[str, Any
     )
 
 
-def _layer(params: Any, x: Tensor, step: Any, options: dict[str, Any]) -> tuple[Tensor, None]:
-    key = None if step is None else step["key"]
-    return encoder_layer(params, x, causal=True, key=key, **options), None
+def _layer(
+    params: Any, x: Tensor, step: Any, look: layer_stack.Look, options: dict[str, Any]
+) -> tuple[Tensor, None]:
+    key, tap = None if step is None else step["key"], look("self_attn")
+    return encoder_layer(params, x, causal=True, key=key, tap=tap, **options), None
 
 
 def _cached_layer(
     params: Any,
     x: Tensor,
     step: dict[str, Tensor],
+    look: layer_stack.Look,
     options: dict[str, Any],
     length: Tensor,
     counts: Tensor | None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     cache = KeyValueCache(step["keys"], step["values"], length)
-    x, new = cached_encoder_layer(params, x, cache, counts=counts, key=step.get("key"), **options)
+    x, new = cached_encoder_layer(
+        params, x, cache, counts=counts, key=step.get("key"), tap=look("self_attn"), **options
+    )
     return x, {"keys": new.keys, "values": new.values}
-
-
-def _check_cache(cache: TensorDict, tokens: Tensor, lengths: Tensor | None, config: Config) -> None:
-    missing = [name for name in ("keys", "values", "length") if name not in entries(cache)]
-    if missing:
-        raise KeyError(f"gpt: cache: expected entries keys, values and length, got no {missing[0]}")
-    batch = tokens.shape[:-1]
-    size = (*batch, config.depth, config.key_value_heads or config.heads)
-    for name in ("keys", "values"):
-        shape, inner = cache[name].shape, config.width // config.heads
-        if shape[:-2] != size or shape[-1] != inner or len(shape) != len(size) + 2:
-            wanted = layers.params.shape(*size, "capacity", inner)
-            raise ValueError(f"gpt: cache: {name}: expected {wanted}, got {list(shape)}")
-    for name, given in (("cache: length", cache["length"]), ("lengths", lengths)):
-        if given is not None and given.shape != batch:
-            raise ValueError(f"gpt: {name}: expected {list(batch)}, got {list(given.shape)}")
-    capacity, time = cache["keys"].shape[-2], tokens.shape[-1]
-    if _torch.inlining() or not tokens.numel():
-        return  # no values to look at
-    if lengths is not None and not 0 <= int(lengths.min()) <= int(lengths.max()) <= time:
-        raise ValueError(
-            f"gpt: lengths: expected 0 to {time}, got {int(lengths.min())} to {int(lengths.max())}"
-        )
-    total = int((cache["length"] + (time if lengths is None else lengths)).max())
-    if total > capacity:
-        raise ValueError(
-            f"gpt: tokens: expected at most {capacity} with those in the cache "
-            f"(its capacity), got {total}"
-        )

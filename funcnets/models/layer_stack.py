@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -15,15 +16,18 @@ from einops import rearrange
 from tensordict import TensorDict
 from torch import Tensor
 
-from funcnets import layers, random, tree
+from funcnets import _torch, layers, random, tree
 from funcnets.control import scan
 from funcnets.layers.params import entries
+from funcnets.layers.scaled_dot_product import WeightsTap
 from funcnets.models import blocks
 from funcnets.taps import Taps
 
 Share: TypeAlias = Literal["none", "stacked", "all"]
+# The tap of the attention weights of a layer, by the name of the attention ("self_attn").
+Look: TypeAlias = Callable[[str], WeightsTap | None]
 # Parameters, x, and what else there is at this depth; to x and what it gives at this depth.
-Layer: TypeAlias = Callable[[Any, Tensor, Any], tuple[Tensor, Any]]
+Layer: TypeAlias = Callable[[Any, Tensor, Any, Look], tuple[Tensor, Any]]
 
 
 def check_layers(model: str, depth: int, share: str, least: int = 1) -> None:
@@ -80,18 +84,101 @@ def run_layers(
     if share == "stacked":
 
         def turn(x: Tensor, step: Any) -> tuple[Tensor, Any]:
-            return layer(step["params"], x, step["xs"])
+            return layer(step["params"], x, step["xs"], lambda name: None)
 
         return scan(turn, x, {"params": params, "xs": xs}, unroll=False)
     found = None if share == "all" else entries(params)
     given = _unstacked(xs, depth)
     outputs = []
     for i in range(depth):
-        x, output = layer(params if found is None else found[str(i)], x, given[i])
+        look = partial(_look, tap, f"{place}.{i}")
+        x, output = layer(params if found is None else found[str(i)], x, given[i], look)
         if tap is not None:
             x = tap(f"{place}.{i}", x)
         outputs.append(output)
     return x, tree.map(lambda *each: torch.stack(each), *outputs)
+
+
+def empty_cache(
+    name: str,
+    batch: tuple[int, ...],
+    size: tuple[int, int, int],
+    capacity: int | None,
+    context: int,
+    like: Tensor,
+) -> dict[str, Tensor]:
+    """``keys`` and ``values`` [*batch, depth, heads, capacity, head_width] and ``length`` [*batch].
+
+    Args:
+        size: depth, heads and head_width.
+        capacity: by default the context.
+        like: whose dtype and device they have.
+    """
+    capacity = context if capacity is None else capacity
+    blocks.check_sizes(name, capacity=capacity)
+    if capacity > context:
+        raise ValueError(
+            f"{name}: capacity: expected at most {context} (the context), got {capacity}"
+        )
+    shape = (*batch, *size[:2], capacity, size[2])
+    # Apart: what writes into one must not change the other.
+    keys, values = (torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in range(2))
+    length = torch.zeros(batch, dtype=torch.int64, device=like.device)
+    return {"keys": keys, "values": values, "length": length}
+
+
+def check_cache(
+    model: str,
+    name: str,
+    cache: TensorDict,
+    shape: Sequence[int],
+    size: tuple[int, int, int],
+    lengths: Tensor | None,
+) -> None:
+    """Raises unless a cache is as `empty_cache` and has room for tokens of this shape."""
+    missing = [part for part in ("keys", "values", "length") if part not in entries(cache)]
+    if missing:
+        raise KeyError(
+            f"{model}: cache: expected entries keys, values and length, got no {missing[0]}"
+        )
+    batch, time = torch.Size(shape[:-1]), shape[-1]
+    for part in ("keys", "values"):
+        found = cache[part].shape
+        if len(found) != len(batch) + 4 or (*found[:-2], found[-1]) != (*batch, *size):
+            wanted = layers.params.shape(*batch, *size[:2], "capacity", size[2])
+            raise ValueError(f"{model}: cache: {part}: expected {wanted}, got {list(found)}")
+    for part, given in (("cache: length", cache["length"]), ("lengths", lengths)):
+        if given is not None and given.shape != batch:
+            raise ValueError(f"{model}: {part}: expected {list(batch)}, got {list(given.shape)}")
+    if _torch.inlining() or 0 in shape:
+        return  # no values to look at
+    if lengths is not None and not 0 <= int(lengths.min()) <= int(lengths.max()) <= time:
+        raise ValueError(
+            f"{model}: lengths: expected 0 to {time}, "
+            f"got {int(lengths.min())} to {int(lengths.max())}"
+        )
+    total = int((cache["length"] + (time if lengths is None else lengths)).max())
+    if total > (capacity := cache["keys"].shape[-2]):
+        raise ValueError(
+            f"{model}: {name}: expected at most {capacity} with those in the cache "
+            f"(its capacity), got {total}"
+        )
+
+
+def by_depth(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Parts of a cache as `run_layers` takes them: [*batch, depth, ...] to [depth, *batch, ...]."""
+    pattern = "... depth h t d -> depth ... h t d"
+    return {name: rearrange(part, pattern) for name, part in parts.items()}
+
+
+def by_row(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The other way."""
+    pattern = "depth ... h t d -> ... depth h t d"
+    return {name: rearrange(part, pattern) for name, part in parts.items()}
+
+
+def _look(tap: Taps | None, place: str, name: str) -> WeightsTap | None:
+    return None if tap is None else tap.at(f"{place}.{name}.weights")
 
 
 def normal_weights(
@@ -206,11 +293,12 @@ def attention_positions(
         )
         return {"positions": turn}
     if positions == "alibi":
-        # At places of one's own every query is given the biases of the last: they differ from its
-        # own by the same for all keys, which the softmax does not see.
-        queries = keys if isinstance(places, int) else 1
-        bias = layers.alibi_bias(heads, queries, keys, dtype=x.dtype, device=x.device)
-        return {"bias": bias}
+        if isinstance(places, int):
+            bias = layers.alibi_bias(heads, keys, keys, dtype=x.dtype, device=x.device)
+            return {"bias": bias}
+        one_back = layers.alibi_bias(heads, 1, 2, dtype=x.dtype, device=x.device)[..., :1]
+        back = rearrange(places, "... time -> ... 1 time 1") - torch.arange(keys, device=x.device)
+        return {"bias": one_back * back.abs().to(x.dtype)}
     return {}
 
 

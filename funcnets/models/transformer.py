@@ -7,24 +7,31 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
+import torch
 from jaxtyping import Bool, Float, Int
 from tensordict import TensorDict
 from torch import Tensor
 
 from funcnets import layers, random, tree
 from funcnets.layers import init_linear, linear
+from funcnets.layers.attention import attention_inputs
 from funcnets.layers.feed_forward import FeedForward
+from funcnets.layers.key_value_cache import KeyValueCache, new_places
 from funcnets.layers.params import check_dtype, entries
-from funcnets.layers.transformer import Norm, decoder_layer, encoder_layer
+from funcnets.layers.transformer import Norm, cached_decoder_layer, decoder_layer, encoder_layer
 from funcnets.model import Model, bind
 from funcnets.models import blocks, layer_stack
 from funcnets.models.layer_stack import Share
 from funcnets.taps import Taps, TapsLike
+from funcnets.tree.flatten import tensordict
 
 Positions: TypeAlias = Literal["learned", "sinusoidal", "none"]
 # Tokens, or vectors where there is no vocabulary.
 Source: TypeAlias = Int[Tensor, "*batch source_time"] | Float[Tensor, "*batch source_time width"]
 Target: TypeAlias = Int[Tensor, "*batch target_time"] | Float[Tensor, "*batch target_time width"]
+
+# What of a cache each layer of the decoder has its own of.
+CACHED = ("keys", "values", "memory_keys", "memory_values")
 
 
 @dataclass(frozen=True)
@@ -104,14 +111,19 @@ def transformer(
     ``target_padding``, [*batch, time], True for real tokens.
 
     ``apply(params, source)`` gives what the encoder makes of the source, [*batch, time, width], and
-    ``apply(params, memory=memory, target=target)`` begins there, so that a text is generated with
-    the source encoded once.
+    ``apply(params, memory=memory, target=target)`` begins there. ``apply(params, None, target,
+    cache=cache)`` gives ``(outputs, cache)`` for a target that follows what the cache holds, which
+    begins as `transformer_cache`: token by token, or in chunks, the outputs are those of all at
+    once. With ``lengths`` [*batch], only that many tokens of each row are real, and stay in the
+    cache. So ``partial(model.apply, params, None)`` is what `funcnets.generation` writes with.
 
     Parameters are ``encoder`` and ``decoder`` (named as in ``torch.nn.Transformer``), and for
     tokens ``embedding`` (``target_embedding``, where the target has a vocabulary of its own),
     and ``head`` if not ``tied``; ``positions`` and ``target_positions`` if they are learned. Taps
-    are ``encoder.layers.{i}`` and ``decoder.layers.{i}`` (where layers are not stacked),
-    ``encoder.norm`` and ``decoder.norm``.
+    are ``encoder.layers.{i}`` and ``decoder.layers.{i}``, their attention's weights [*batch, heads,
+    queries, keys], ``encoder.layers.{i}.self_attn.weights`` and with the decoder also
+    ``multihead_attn`` (computed for the tap alone, they may be replaced; all these where layers are
+    not stacked), ``encoder.norm`` and ``decoder.norm``.
 
     Args:
         vocabulary: the number of tokens, or None for vectors.
@@ -217,6 +229,61 @@ def transformer_decoder(
     )
 
 
+def transformer_cache(
+    params: TensorDict,
+    config: Config,
+    memory: Float[Tensor, "*batch source_time width"],
+    *,
+    source_padding: Bool[Tensor, "*batch source_time"] | None = None,
+    capacity: int | None = None,
+) -> TensorDict:
+    """The cache with which the decoder begins: no token yet, but all that it keeps of the memory.
+
+    ``keys``, ``values`` [*batch, depth, heads, capacity, ...] and ``length`` are as in
+    `funcnets.models.gpt_cache`; ``memory_keys`` and ``memory_values`` are those of the memory, and
+    ``memory_padding`` what of it is real.
+
+    Args:
+        memory: what ``apply(params, source, source_padding=source_padding)`` gives.
+        capacity: how many tokens of a target it may come to hold, by default the context.
+
+    >>> import torch
+    >>> model = transformer(vocabulary=10, width=16, heads=2, encoder_depth=1, decoder_depth=1)
+    >>> params = model.init(random.key(0))
+    >>> memory = model.apply(params, torch.tensor([[1, 2, 3]]))
+    >>> cache = transformer_cache(params, model.config, memory)
+    >>> logits, cache = model.apply(params, None, torch.tensor([[4, 5]]), cache=cache)
+    >>> logits.shape, cache["length"]
+    (torch.Size([1, 2, 10]), tensor([2]))
+    """
+    if not config.decoder_depth:
+        raise ValueError("transformer_cache: config: expected one with a decoder")
+    found = entries(params)
+    _check_vectors("memory", memory, params)
+    layer_stack.check_padding(
+        "transformer_cache", "source_padding", source_padding, memory.shape[:-1]
+    )
+    depth, batch = config.decoder_depth, tuple(memory.shape[:-2])
+    size = (depth, config.heads, config.width // config.heads)
+    cache = layer_stack.empty_cache(
+        "transformer_cache", batch, size, capacity, config.context, memory
+    )
+
+    def project(
+        params: Any, x: Tensor, step: Any, look: layer_stack.Look
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        attention = entries(params)["multihead_attn"]
+        _, keys, values = attention_inputs(attention, x, None, None, config.heads)
+        return x, {"memory_keys": keys, "memory_values": values}
+
+    held = entries(found["decoder"])["layers"]
+    _, kept = layer_stack.run_layers(None, "", held, memory, depth, config.share, project)
+    if source_padding is None:
+        source_padding = torch.ones(memory.shape[:-1], dtype=torch.bool, device=memory.device)
+    padding = {"memory_padding": source_padding}
+    return tensordict({**cache, **layer_stack.by_row(kept), **padding})
+
+
 def init(key: random.Key, config: Config) -> TensorDict:
     """The parameters; matrices of the layers as ``torch.nn.Transformer`` draws them."""
     keys = random.split(key, 7).unbind()
@@ -278,14 +345,22 @@ def forward(
     memory: Float[Tensor, "*batch source_time width"] | None = None,
     source_padding: Bool[Tensor, "*batch source_time"] | None = None,
     target_padding: Bool[Tensor, "*batch target_time"] | None = None,
+    cache: TensorDict | None = None,
+    lengths: Int[Tensor, "*batch"] | None = None,
     train: bool = False,
     key: random.Key | None = None,
     taps: TapsLike = (),
 ) -> Any:
-    """Logits or vectors; in training with (no) new buffers."""
-    if not config.encoder_depth and memory is None:
+    """Logits or vectors, with a cache also the new one; in training with (no) new buffers."""
+    if not config.encoder_depth and memory is None and cache is None:
         source, memory = None, source
-    _check(params, source, target, memory, source_padding, target_padding, config)
+    if cache is None:
+        _check(params, source, target, memory, source_padding, target_padding, config)
+        if lengths is not None:
+            raise ValueError("transformer: lengths: expected None without a cache")
+    else:
+        given = (source, memory, source_padding, target_padding)
+        _check_cached(params, target, cache, lengths, given, config)
     draws = train and config.dropout > 0
     if draws and key is None:
         blocks.draw_keys("transformer", None, True, 1)  # raises
@@ -301,56 +376,82 @@ def forward(
 
     def run(
         part: str, embedding: str, depth: int, x: Tensor, key: Tensor | None, layer: Any
-    ) -> Tensor:
+    ) -> tuple[Tensor, Any]:
         each = None if key is None else random.split(key, depth + 1)
-        place = "positions" if part == "encoder" else "target_positions"
-        x = _embed(found, embedding, place, x, config)
+        x = _embed(found, embedding, part, x, cache, config)
         if each is not None:
             x = layers.dropout(each[0], x, config.dropout)
-        held = entries(found[part])
-        rest = None if each is None else each[1:]
-        x, _ = layer_stack.run_layers(
-            tap, f"{part}.layers", held["layers"], x, depth, config.share, layer, rest
+        held, xs = entries(found[part]), {} if each is None else {"key": each[1:]}
+        if cache is not None:
+            xs |= layer_stack.by_depth({name: cache[name] for name in CACHED})
+        x, kept = layer_stack.run_layers(
+            tap, f"{part}.layers", held["layers"], x, depth, config.share, layer, xs or None
         )
-        return tap(f"{part}.norm", blocks.norm(held["norm"], x, config.norm, train=False)[0])
+        norm = blocks.norm(held["norm"], x, config.norm, train=False)[0]
+        return tap(f"{part}.norm", norm), kept
 
-    def encode(params: Any, x: Tensor, key: Tensor | None) -> tuple[Tensor, None]:
-        return encoder_layer(params, x, padding=source_padding, key=key, **options), None
+    def encode(params: Any, x: Tensor, step: Any, look: layer_stack.Look) -> tuple[Tensor, None]:
+        key, attended = _key(step), look("self_attn")
+        x = encoder_layer(params, x, padding=source_padding, key=key, tap=attended, **options)
+        return x, None
 
-    if memory is None:
+    if memory is None and cache is None:
         assert source is not None
-        memory = run("encoder", "embedding", config.encoder_depth, source, keys[0], encode)
+        memory, _ = run("encoder", "embedding", config.encoder_depth, source, keys[0], encode)
     if target is None:
         return tap.finish(memory, {}, train)
     remembered = memory
 
-    def decode(params: Any, x: Tensor, key: Tensor | None) -> tuple[Tensor, None]:
-        x = decoder_layer(
+    def decode(params: Any, x: Tensor, step: Any, look: layer_stack.Look) -> tuple[Tensor, Any]:
+        own: dict[str, Any] = {"key": _key(step), **options}
+        own |= {"tap": look("self_attn"), "memory_tap": look("multihead_attn")}
+        if cache is None:
+            assert remembered is not None
+            own |= {"padding": target_padding, "memory_padding": source_padding}
+            return decoder_layer(params, x, remembered, causal=True, **own), None
+        x, new = cached_decoder_layer(
             params,
             x,
-            remembered,
-            causal=True,
-            padding=target_padding,
-            memory_padding=source_padding,
-            key=key,
-            **options,
+            KeyValueCache(step["keys"], step["values"], cache["length"]),
+            step["memory_keys"],
+            step["memory_values"],
+            counts=lengths,
+            memory_padding=cache["memory_padding"],
+            **own,
         )
-        return x, None
+        return x, {"keys": new.keys, "values": new.values}
 
     embedding = "embedding" if config.target_vocabulary is None else "target_embedding"
-    x = run("decoder", embedding, config.decoder_depth, target, keys[1], decode)
+    x, kept = run("decoder", embedding, config.decoder_depth, target, keys[1], decode)
+    time = x.shape[-2]
     if config.vocabulary is not None:
         x = layers.unembed(found[embedding], x) if config.tied else linear(found["head"], x)
-    return tap.finish(x, {}, train)
+    if cache is None:
+        return tap.finish(x, {}, train)
+    length = cache["length"] + (time if lengths is None else lengths)
+    new = {**dict(cache.items()), **layer_stack.by_row(kept), "length": length}
+    return tap.finish((x, tensordict(new)), {}, train)
 
 
-def _embed(found: Any, embedding: str, place: str, x: Tensor, config: Config) -> Tensor:
-    """Vectors with their positions."""
+def _key(step: Any) -> Tensor | None:
+    return None if step is None else step.get("key")
+
+
+def _embed(
+    found: Any, embedding: str, part: str, x: Tensor, cache: TensorDict | None, config: Config
+) -> Tensor:
+    """Vectors with their positions, which with a cache follow those in it."""
+    encoder = part == "encoder"
     if config.vocabulary is not None:
-        name = "source" if place == "positions" else "target"
+        name = "source" if encoder else "target"
         x = layer_stack.look_up("transformer", name, found[embedding], x)
         x = x * math.sqrt(config.width)
-    return layer_stack.add_positions(x, config.positions, found, place, x.shape[-2])
+    places: int | Tensor = x.shape[-2]
+    if cache is not None:
+        # Beyond the context nothing is written into the cache, so any row will do.
+        places = new_places(cache["length"], x.shape[-2]).clamp(max=config.context - 1)
+    table = "positions" if encoder else "target_positions"
+    return layer_stack.add_positions(x, config.positions, found, table, places)
 
 
 def _check(
@@ -371,17 +472,8 @@ def _check(
     if memory is not None:
         _check_vectors("memory", memory, params)
     for name, x in (("source", source), ("target", target)):
-        if x is None:
-            continue
-        if config.vocabulary is not None:
-            layer_stack.check_tokens("transformer", name, x, config.context)
-            continue
-        _check_vectors(name, x, params)
-        if x.shape[-2] > config.context:
-            raise ValueError(
-                f"transformer: {name}: expected at most {config.context} vectors (the context), "
-                f"got {x.shape[-2]}"
-            )
+        if x is not None:
+            _check_sequence(name, x, params, config)
     first = memory if memory is not None else source
     assert first is not None
     vectors = memory is not None or config.vocabulary is None
@@ -401,6 +493,41 @@ def _check(
                 f"transformer: target: expected the batch {list(batch)} (as the source), "
                 f"got {list(target.shape)}"
             )
+
+
+def _check_cached(
+    params: TensorDict,
+    target: Tensor | None,
+    cache: TensorDict,
+    lengths: Tensor | None,
+    given: tuple[Tensor | None, ...],
+    config: Config,
+) -> None:
+    names = ("source", "memory", "source_padding", "target_padding")
+    for name, value in zip(names, given, strict=True):
+        if value is not None:
+            raise ValueError(f"transformer: {name}: expected None with a cache, which holds all")
+    if target is None:
+        raise ValueError("transformer: target: expected one with a cache, got None")
+    _check_sequence("target", target, params, config)
+    for name in (*CACHED, "memory_padding"):
+        if name not in entries(cache):
+            raise KeyError(f"transformer: cache: expected one of transformer_cache, got no {name}")
+    shape = target.shape if config.vocabulary is not None else target.shape[:-1]
+    size = (config.decoder_depth, config.heads, config.width // config.heads)
+    layer_stack.check_cache("transformer", "target", cache, shape, size, lengths)
+
+
+def _check_sequence(name: str, x: Tensor, params: TensorDict, config: Config) -> None:
+    if config.vocabulary is not None:
+        layer_stack.check_tokens("transformer", name, x, config.context)
+        return
+    _check_vectors(name, x, params)
+    if x.shape[-2] > config.context:
+        raise ValueError(
+            f"transformer: {name}: expected at most {config.context} vectors (the context), "
+            f"got {x.shape[-2]}"
+        )
 
 
 def _check_vectors(name: str, x: Tensor, params: TensorDict) -> None:

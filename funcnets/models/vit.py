@@ -24,14 +24,9 @@ from funcnets.layers import (
     initializers,
     linear,
 )
-from funcnets.layers.attention import (
-    attention,
-    attention_inputs,
-    attention_outputs,
-    init_attention,
-)
+from funcnets.layers.attention import attention, init_attention
 from funcnets.layers.dropout import dropout_if
-from funcnets.layers.scaled_dot_product import scaled_dot_product_attention
+from funcnets.layers.scaled_dot_product import WeightsTap
 from funcnets.model import Model, bind
 from funcnets.models import blocks
 from funcnets.taps import Taps, TapsLike
@@ -288,7 +283,7 @@ def forward(
             key=None if keys is None else keys[i],
             tap=tap,
             name=place,
-            show=f"{place}.self_attention.weights" in taps,
+            weights_tap=tap.at(f"{place}.self_attention.weights"),
         )
     x = tap("encoder", layer_norm(encoder["ln"], tap("encoder.layers", x)))
 
@@ -340,30 +335,25 @@ def block(
     key: random.Key | None = None,
     tap: Callable[[str, Any], Any] = lambda name, value: value,
     name: str = "",
-    show: bool = False,
+    weights_tap: WeightsTap | None = None,
 ) -> Float[Tensor, "batch tokens width"]:
     """Attention and an MLP, each of the layer norm of its input, to which it is added.
 
     Args:
         key: with one, dropout draws.
-        tap: gets the attention's weights and outputs, under ``name``.
-        show: whether it gets the weights, which otherwise are None.
+        tap: gets the attention's outputs and those of the block, under ``name``.
+        weights_tap: gets the attention's weights.
     """
     keys = [None] * 4 if key is None else random.split(key, 4).unbind()
-    y, place = layer_norm(params["ln_1"], x), f"{name}.self_attention"
-    if show:
-        # In steps, so that what the tap makes of the weights is what counts.
-        q, k, v = attention_inputs(params["self_attention"], y, None, None, heads)
-        weights = tap(f"{place}.weights", scaled_dot_product_attention(q, k, v, weights=True)[1])
-        y = attention_outputs(
-            params["self_attention"], dropout_if(keys[0], weights, attention_dropout) @ v
-        )
-    else:
-        tap(f"{place}.weights", None)
-        y = attention(
-            params["self_attention"], y, heads=heads, dropout=attention_dropout, key=keys[0]
-        )
-    x = x + tap(place, dropout_if(keys[1], y, dropout))
+    y = attention(
+        params["self_attention"],
+        layer_norm(params["ln_1"], x),
+        heads=heads,
+        dropout=attention_dropout,
+        key=keys[0],
+        tap=weights_tap,
+    )
+    x = x + tap(f"{name}.self_attention", dropout_if(keys[1], y, dropout))
     y = layer_norm(params["ln_2"], x)
     y = dropout_if(keys[2], F.gelu(linear(params["mlp", "0"], y)), dropout)
     return tap(name, x + dropout_if(keys[3], linear(params["mlp", "3"], y), dropout))

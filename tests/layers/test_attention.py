@@ -66,8 +66,10 @@ def test_equals_the_torch_module(data, key):
         places = queries
     elif kind == "memory":
         value_width = key_width
-    params = some_params(key, width, heads, key_width=key_width, value_width=value_width, bias=bias)
-    module = reference(params, width, heads, kdim=key_width, vdim=value_width, bias=bias)
+    more = {"add_bias_kv": data.draw(yes_no), "add_zero_attn": data.draw(yes_no)}
+    made = {"key_width": key_width, "value_width": value_width, "bias_kv": more["add_bias_kv"]}
+    params = some_params(key, width, heads, bias=bias, **made)
+    module = reference(params, width, heads, kdim=key_width, vdim=value_width, bias=bias, **more)
     lead = () if batch is None else (batch,)
     a, b, c, d, e = random.split(key, 5)
     inputs = (normal(a, *lead, queries, width),)
@@ -77,7 +79,7 @@ def test_equals_the_torch_module(data, key):
         inputs += (normal(c, *lead, places, value_width or width),)
 
     # Every query sees the first key: where it sees none, torch gives NaN.
-    options, torchs = {}, {}
+    options, torchs = {"zero_attention": more["add_zero_attn"]}, {}
     masking = data.draw(st.sampled_from([None, "causal", "mask", "heads", "bias"]))
     if masking == "causal" and queries == places:
         options["causal"] = True
@@ -124,9 +126,10 @@ def test_equals_the_torch_module(data, key):
 
 def test_initial_values_are_distributed_as_torchs():
     width, heads = 120, 4
-    for options in ({}, {"key_width": 40, "value_width": 60}, {"bias": False}):
+    for options in ({"bias_kv": True}, {"key_width": 40, "value_width": 60}, {"bias": False}):
         params = init_attention(KEY, width, heads, **options)
         names = {"key_width": "kdim", "value_width": "vdim", "bias": "bias"}
+        names["bias_kv"] = "add_bias_kv"
         with torch.random.fork_rng():
             module = nn.MultiheadAttention(
                 width, heads, **{names[name]: value for name, value in options.items()}
@@ -136,9 +139,30 @@ def test_initial_values_are_distributed_as_torchs():
         for name, expected in state.items():
             assert ours[name].shape == expected.shape
             torch.testing.assert_close(ours[name].std(), expected.std(), rtol=0.05, atol=0.01)
-            torch.testing.assert_close(
-                ours[name].abs().max(), expected.abs().max(), rtol=0.05, atol=0
-            )
+            # Those of a normal distribution have no bound.
+            bounds = [0.5 if "bias_" in name else x.abs().max() for x in (ours[name], expected)]
+            torch.testing.assert_close(*bounds, rtol=0.05, atol=0)
+
+
+def test_added_keys_are_seen_by_all_and_stand_behind_the_others():
+    params, x = some_params(KEY, 4, 2, bias_kv=True), normal(KEY, 3, 5, 4)
+    options = {"heads": 2, "causal": True, "window": 2, "zero_attention": True}
+    outputs, weights = attention(params, x, weights=True, **options)
+    places = torch.ones(5, 5, dtype=torch.bool).tril().triu(-1)
+    assert ((weights > 0) == torch.cat([places, torch.ones(5, 2, dtype=torch.bool)], 1)).all()
+    # Where there is nothing else, they are what is attended to; and under the transforms.
+    nothing = torch.zeros(3, 5, dtype=torch.bool)
+    alone = attention(params, x, padding=nothing, **options)
+    assert (alone - params["out_proj", "bias"]).abs().min() > 1e-6
+    one = lambda row: attention(params, row, **options)  # noqa: E731
+    close(vmap(one)(x), outputs)
+    loss = lambda params: attention(params, x, **options).square().sum()  # noqa: E731
+    _, product = jvp(grad(loss), (params,), (params,))
+    assert product["bias_k"].any()
+    empty = torch.zeros(3, 2, 5, 2, dtype=DTYPE)
+    cache = layers.KeyValueCache(empty, empty, torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(ValueError, match="cached_attention: params: expected no bias_k"):
+        layers.cached_attention(params, x, cache, heads=2)
 
 
 @st.composite

@@ -56,6 +56,24 @@ def test_segments():
     assert gradient["segments", "weight"].any(-1).all()
 
 
+@pytest.mark.parametrize("share", ["none", "all"])
+def test_taps_of_the_attention(share):
+    model = models.bert(**SMALL, share=share)
+    params, tokens = drawn(model), tokens_of(2, 4)
+    padding = torch.arange(4) < torch.tensor([[4], [2]])
+    names = ["layers.0.self_attn.weights", "layers.1.self_attn.weights"]
+    outputs, found = model.apply(params, tokens, padding=padding, taps=names)
+    close(outputs, model.apply(params, tokens, padding=padding))
+    for name in names:
+        assert found[name].shape == (2, 2, 4, 4)
+        close(found[name].sum(-1), torch.ones(2, 2, 4, dtype=torch.float64))
+        assert not found[name][1, ..., 2:].any()
+        assert (found[name][0] > 0).all()
+        taps = {name: lambda weights: weights.flip(-1)}
+        replaced, _ = model.apply(params, tokens, padding=padding, taps=taps)
+        assert not torch.allclose(replaced, outputs)
+
+
 def test_a_shared_layer_has_the_sum_of_the_gradients_of_its_uses():
     shared, apart = models.bert(**SMALL, share="all"), models.bert(**SMALL)
     params, tokens = drawn(shared), tokens_of(2, 4)

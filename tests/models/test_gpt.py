@@ -8,6 +8,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from model_cases import NoArithmetic, gpt, gpts
@@ -223,6 +224,44 @@ def test_taps():
     cache = models.gpt_cache(params, model.config, 2)
     ((logits, _), found), _ = model.apply(params, tokens, cache=cache, taps=["norm"], train=True)
     close(logits, outputs)
+
+
+@pytest.mark.parametrize("share", ["none", "all"])
+@pytest.mark.parametrize("options", [{}, {"key_value_heads": 1, "window": 2}])
+def test_taps_of_the_attention(share, options):
+    model = models.gpt(**SMALL, share=share, **options)
+    params, tokens = drawn(model), tokens_of(2, 4)
+    names = ["layers.0.self_attn.weights", "layers.1.self_attn.weights"]
+    outputs, found = model.apply(params, tokens, taps=names)
+    close(outputs, model.apply(params, tokens))
+    for name in names:
+        assert found[name].shape == (2, 2, 4, 4)
+        close(found[name].sum(-1), torch.ones(2, 2, 4, dtype=torch.float64))
+        assert not found[name].triu(1).any()
+        assert found[name].tril(-2).any() == (not options)  # beyond the window
+        replaced, _ = model.apply(params, tokens, taps={name: lambda weights: weights.flip(-1)})
+        assert not torch.allclose(replaced, outputs)
+    cache = models.gpt_cache(params, model.config, 2)
+    (again, _), kept = model.apply(params, tokens, cache=cache, taps=names)
+    close(again, outputs)
+    close(kept[names[1]][..., :4], found[names[1]])
+    # What is tapped under a transform is what the loop gives.
+    each = vmap(lambda one: model.apply(params, one, taps=names)[1][names[0]])(tokens)
+    close(each, found[names[0]])
+    with pytest.raises(ValueError, match=r"among embedding, layers\.0\.self_attn\.weights, l"):
+        model.apply(params, tokens, taps=["layers.0.weights"])
+
+
+def test_a_fused_kernel_computes_what_is_not_tapped(monkeypatch):
+    model, calls = models.gpt(**SMALL), []
+    params, tokens, real = drawn(model), tokens_of(2, 4), F.scaled_dot_product_attention
+    monkeypatch.setattr(
+        F, "scaled_dot_product_attention", lambda *a, **o: calls.append(1) or real(*a, **o)
+    )
+    model.apply(params, tokens, taps=["norm"])
+    assert len(calls) == 2
+    model.apply(params, tokens, taps=["layers.1.self_attn.weights"])
+    assert len(calls) == 3
 
 
 def test_dropout_in_training():

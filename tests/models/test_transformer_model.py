@@ -14,6 +14,7 @@ from torch import nn
 from torch.func import grad, jvp, vjp, vmap
 
 from funcnets import compile, models, random, tree
+from funcnets.generation import beam_search, generate
 from funcnets.models.transformer import Config
 
 KEY = random.key(8)
@@ -99,6 +100,123 @@ def test_causality_padding_and_the_memory(share):
     close(padded[1], whole[1])
 
 
+CACHES = {
+    "share": st.sampled_from(["none", "stacked", "all"]),
+    "positions": st.sampled_from(["learned", "sinusoidal", "none"]),
+    "norm": st.sampled_from(["layer", "rms"]),
+    "norm_first": st.booleans(),
+    "vocabulary": st.sampled_from([None, 7]),
+    "encoder_depth": st.integers(0, 1),
+}
+
+
+@given(st.fixed_dictionaries(CACHES), st.integers(1, 6), st.data(), st.integers(0, 2**16))
+def test_a_cache_gives_what_all_at_once_gives(options, time, data, seed):
+    """In chunks of any sizes, with sources and rows of different lengths, and room to spare."""
+    model = models.transformer(**TEXT | options)
+    keys = random.split(random.key(seed), 3)
+    params, batch = drawn(model, keys[0]), 3
+    memory = random.normal(keys[1], (batch, 4, 8), dtype=torch.float64)
+    sources = torch.tensor([data.draw(st.integers(1, 4)) for _ in range(batch)])
+    real = torch.arange(4) < sources[:, None]
+    padding = data.draw(st.sampled_from([None, real]))
+    if options["vocabulary"] is None:
+        target = random.normal(keys[2], (batch, time, 8), dtype=torch.float64)
+    else:
+        target = tokens_of(batch, time, key=keys[2])
+    expected = model.apply(params, memory=memory, target=target, source_padding=padding)
+    capacity = data.draw(st.integers(time, 6))
+    make = partial(models.transformer_cache, params, model.config, memory)
+    empty = make(source_padding=padding, capacity=capacity)
+    outputs, cache, begin = [], empty, 0
+    while begin < time:
+        end = data.draw(st.integers(begin + 1, time))
+        found, cache = model.apply(params, None, target[:, begin:end], cache=cache)
+        outputs.append(found)
+        begin = end
+    close(torch.cat(outputs, 1), expected)
+    assert cache["length"].tolist() == [time] * batch
+    assert not tree.compare(cache, empty).lines
+    # Rows that begin with parts of their own lengths, padded behind.
+    lengths = torch.tensor([data.draw(st.integers(0, time - 1)) for _ in range(batch)])
+    found, cache = model.apply(params, None, target, cache=empty, lengths=lengths)
+    held = torch.arange(time) < lengths[:, None]
+    close(found[held], expected[held])
+    rows = torch.arange(batch)
+    found, cache = model.apply(params, None, target[rows, lengths][:, None], cache=cache)
+    close(found[:, 0], expected[rows, lengths])
+    assert cache["length"].tolist() == (lengths + 1).tolist()
+
+
+def test_the_cache_under_vmap_and_compiled():
+    model = models.transformer(**TEXT, share="stacked")
+    stacked = tree.stack([drawn(model, random.key(i)) for i in range(2)])
+    source, target = tokens_of(2, 3), tokens_of(2, 4, key=random.key(1))
+
+    def two_steps(params):
+        cache = models.transformer_cache(params, model.config, model.apply(params, source))
+        first, cache = model.apply(params, None, target[:, :3], cache=cache)
+        second, _ = model.apply(params, None, target[:, 3:], cache=cache)
+        return torch.cat([first, second], 1)
+
+    outputs = vmap(two_steps)(stacked)
+    for i, params in enumerate(tree.unstack(stacked)):
+        close(two_steps(params), model.apply(params, source, target))
+        close(outputs[i], two_steps(params))
+    close(compile(two_steps, backend="aot_eager")(params), outputs[1])
+    whole = grad(lambda p: model.apply(p, source, target).square().sum())(params)
+    tree.map(close, grad(lambda p: two_steps(p).square().sum())(params), whole)
+
+
+def test_a_text_is_generated_with_the_source_encoded_once():
+    model = models.transformer(**TEXT | {"context": 8}, target_vocabulary=5)
+    params, source = drawn(model), tokens_of(3, 5)
+    padding = torch.arange(5) < torch.tensor([[5], [2], [3]])
+    memory = model.apply(params, source, source_padding=padding)
+    cache = models.transformer_cache(params, model.config, memory, source_padding=padding)
+    apply, start = partial(model.apply, params, None), tokens_of(3, 2) % 5
+    lengths = torch.tensor([1, 2, 1])
+
+    def slowly(tokens):  # all again for each token, and each beam with its own source
+        rows = torch.arange(len(tokens)) // (len(tokens) // 3)
+        options = {"memory": memory[rows], "source_padding": padding[rows]}
+        return model.apply(params, target=tokens, **options)
+
+    for write in (partial(generate, KEY), partial(beam_search, beams=3)):
+        found = write(apply, start, steps=5, lengths=lengths, cache=cache, stop=1)
+        expected = write(slowly, start, steps=5, lengths=lengths, stop=1)
+        assert torch.equal(found.tokens, expected.tokens)
+        assert torch.equal(found.lengths, expected.lengths)
+
+
+@pytest.mark.parametrize("share", ["none", "all"])
+def test_taps_of_the_attention(share):
+    model = models.transformer(**TEXT, share=share)
+    params, source, target = drawn(model), tokens_of(2, 5), tokens_of(2, 4)
+    padding = torch.arange(5) < torch.tensor([[5], [3]])
+    apply = partial(model.apply, params, source, target, source_padding=padding)
+    own = [f"{part}.layers.0.self_attn.weights" for part in ("encoder", "decoder")]
+    names = [*own, "decoder.layers.1.multihead_attn.weights"]
+    outputs, found = apply(taps=names)
+    close(outputs, apply())
+    for name, size in zip(names, [(5, 5), (4, 4), (4, 5)], strict=True):
+        assert found[name].shape == (2, 2, *size)
+        close(found[name].sum(-1), torch.ones(2, 2, size[0], dtype=torch.float64))
+    assert not found[own[1]].triu(1).any()
+    for name in (names[0], names[2]):
+        assert not found[name][1, ..., 3:].any()
+    for name in names:
+        replaced, _ = apply(taps={name: torch.zeros_like})
+        assert not torch.allclose(replaced, outputs)
+    # With a cache: of the slots that it has.
+    memory = model.apply(params, source, source_padding=padding)
+    cache = models.transformer_cache(params, model.config, memory, source_padding=padding)
+    (again, _), kept = model.apply(params, None, target, cache=cache, taps=names[1:])
+    close(again, outputs)
+    close(kept[names[1]][..., :4], found[names[1]])
+    close(kept[names[2]], found[names[2]])
+
+
 def test_vocabularies_and_positions():
     options = TEXT | {"target_vocabulary": 5, "positions": "learned"}
     model = models.transformer(**options)
@@ -164,7 +282,7 @@ def test_inputs_that_do_not_fit(unchecked):
     tokens, vectors = tokens_of(2, 4), torch.ones(2, 4, 8, dtype=torch.float64)
     long, wide = torch.ones(2, 7, dtype=torch.int64), torch.ones(2, 6, 8, dtype=torch.float64)
     flags, single, narrow = torch.ones(2, 3, dtype=torch.bool), vectors.float(), vectors[..., :7]
-    few, flat = tokens[:1], vectors[0]
+    few, flat, lengths = tokens[:1], vectors[0], torch.tensor([1, 1])
     with NoArithmetic():
         for apply, inputs, options, message in (
             (model, (params, long, tokens), {}, "source: expected at most 6 tokens"),
@@ -193,6 +311,23 @@ def test_inputs_that_do_not_fit(unchecked):
         ):
             with pytest.raises(ValueError, match=re.escape(f"transformer: {message}")):
                 apply.apply(*inputs, **options)
+    cache = models.transformer_cache(params, model.config, vectors)
+    for inputs, options, message in (
+        ((tokens, tokens), {"lengths": lengths}, "lengths: expected None without a cache"),
+        ((None, tokens), {"cache": cache, "memory": vectors}, "memory: expected None with a cache"),
+        ((None,), {"cache": cache}, "target: expected one with a cache"),
+        ((None, few), {"cache": cache}, "cache: keys: expected [1, 2, 2, capacity, 4]"),
+        ((None, long), {"cache": cache}, "target: expected at most 6 tokens"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(f"transformer: {message}")):
+            model.apply(params, *inputs, **options)
+    _, cache = model.apply(params, None, tokens, cache=cache)
+    with pytest.raises(ValueError, match="at most 6 with those in the cache"):
+        model.apply(params, None, tokens, cache=cache)
+    with pytest.raises(KeyError, match="expected one of transformer_cache, got no memory_keys"):
+        model.apply(params, None, tokens, cache=cache.exclude("memory_keys"))
+    with pytest.raises(ValueError, match="transformer_cache: config: expected one with a decoder"):
+        models.transformer_cache(alone, encoder.config, vectors)
     with pytest.raises(ValueError, match="transformer: target: expected tokens from 0 to 6"):
         model.apply(params, tokens, tokens + 7)
 
