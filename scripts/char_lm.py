@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -79,25 +79,33 @@ def read_text(path: Path | None, output: Path) -> Text:
     return Text(characters, tokens[:first], tokens[first:])
 
 
-def with_shift(model: Model, width: int, taps: Sequence[str]) -> Model:
-    """A GPT in which every place sees a learned share of the place before it at once.
+def with_neighbours(model: Model, taps: Sequence[str], back: int = 3) -> Model:
+    """A GPT that is told at once what attention would have to find out: which places come before.
 
-    Token shift, as in RWKV (Peng et al. 2023), added from outside: what flows at a tap is replaced.
+    The embedding gets a vector of its own for each pair of a character and the one before it. What
+    flows at the taps gets learned shares of the three places before it: token shift, as in RWKV
+    (Peng et al. 2023). Both begin at zero, and are added from outside, by the taps.
     """
+    size, width = model.config.vocabulary, model.config.width
     names = [tap.replace(".", "_") for tap in taps]
 
     def init(key: random.Key) -> TensorDict:
-        shares = TensorDict({name: torch.zeros(width) for name in names})
-        return TensorDict({"gpt": model.init(key), "shift": shares})
+        shares = TensorDict({name: torch.zeros(back, width) for name in names})
+        pairs = torch.zeros(size**2, width)
+        return TensorDict({"gpt": model.init(key), "pairs": pairs, "shift": shares})
+
+    def shift(shares: Tensor, x: Tensor) -> Tensor:
+        time = x.shape[-2]
+        before = (F.pad(x, (0, 0, i + 1, 0))[..., :time, :] for i in range(back))
+        return x + sum(share * past for share, past in zip(shares, before, strict=True))
 
     def apply(params: TensorDict, tokens: Tensor) -> Tensor:
-        def shift(share: Tensor, x: Tensor) -> Tensor:
-            return x + share * F.pad(x, (0, 0, 1, 0))[..., :-1, :]
-
-        replaced = {
-            tap: partial(shift, params["shift", name])
-            for tap, name in zip(taps, names, strict=True)
-        }
+        before = F.pad(tokens, (1, 0))[..., :-1]
+        pairs = F.embedding(size * before + tokens, params["pairs"])
+        shares = {tap: params["shift", name] for tap, name in zip(taps, names, strict=True)}
+        replaced: dict[str, Callable[[Tensor], Tensor]]
+        replaced = {tap: partial(shift, share) for tap, share in shares.items()}
+        replaced["embedding"] = lambda x: shift(shares["embedding"], x + pairs)
         outputs, _ = model.apply(params["gpt"], tokens, taps=replaced)
         return outputs
 
@@ -125,9 +133,9 @@ def make_gpt(characters: int, flags: argparse.Namespace) -> tuple[Model, optim.O
     def hidden(path: tuple[str, ...], leaf: Tensor) -> bool:
         return path[:2] == ("gpt", "layers") and leaf.ndim == 2
 
-    # The embedding, and what the first half of the layers give.
-    shifted = ["embedding", *(f"layers.{i}" for i in range(flags.depth // 2))]
-    return with_shift(model, flags.width, shifted), optim.by_path(
+    # The embedding, and what all layers but the last give.
+    shifted = ["embedding", *(f"layers.{i}" for i in range(flags.depth - 1))]
+    return with_neighbours(model, shifted), optim.by_path(
         {hidden: optim.muon(rate(0.03, flags.steps), weight_decay=0.0)},
         default=optim.adam(rate(8e-3, flags.steps), betas=(0.9, 0.95)),
     )
@@ -206,7 +214,8 @@ def train(
     params = model.init(init_key)
     state = State(params, optimizer.init(params), torch.zeros(flags.steps), torch.tensor(0))
     checkpoint = flags.output / f"{name}_checkpoint.safetensors"
-    told = {flag: getattr(flags, flag) for flag in ("steps", "batch", "context", "width", "seed")}
+    flags_told = ("steps", "batch", "context", "width", "depth", "heads", "seed")
+    told = {flag: getattr(flags, flag) for flag in flags_told}
     places = starts(data_key, len(text.train), flags.context, flags.steps * flags.batch)
     validation: list[tuple[int, float]] = []
     seconds = 0.0
@@ -296,7 +305,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=64, help="characters seen at once")
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--depth", type=int, default=4, help="of the GPT")
-    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--heads", type=int, default=2)
     parser.add_argument("--every", type=int, default=500, help="steps between checkpoints")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     parser.add_argument("--prompt", default="ROMEO:\n", help="what the networks continue")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from funcnets import random, tree
 
@@ -61,18 +62,29 @@ def test_an_epoch_reads_all_of_the_text_once(script):
         script.starts(KEY, 14, context, 1)
 
 
-def test_a_character_sees_the_one_before_at_once_and_none_behind(script):
-    plain = script.models.gpt(5, 6, width=4, depth=1, heads=2)
-    model = script.with_shift(plain, 4, ["embedding", "layers.0"])
-    params = model.init(KEY)
+def test_a_character_sees_those_before_at_once_and_none_behind(script):
+    plain = script.models.gpt(5, 6, width=4, depth=2, heads=2)
+    model = script.with_neighbours(plain, ["embedding", "layers.0"])
+    params, ones = model.init(KEY), torch.ones(3, 4)
     tokens = random.randint(KEY, (2, 6), 0, 5)
     assert torch.equal(model.apply(params, tokens), plain.apply(params["gpt"], tokens))
-    params["shift"] = tree.map(torch.ones_like, params["shift"])
+    # Of the embedding the vectors of the pairs, and what is three places back at most.
+    params["pairs"] = random.normal(KEY, (25, 4))
+    params["shift", "embedding"] = ones
+    before = torch.cat([torch.zeros(2, 1, dtype=tokens.dtype), tokens[:, :5]], 1)
+
+    def changed(x):
+        x = x + params["pairs"][5 * before + tokens]
+        return x + sum(F.pad(x, (0, 0, i, 0))[:, :6] for i in (1, 2, 3))
+
+    expected, _ = plain.apply(params["gpt"], tokens, taps={"embedding": changed})
+    torch.testing.assert_close(model.apply(params, tokens), expected)
+    params["shift", "layers_0"] = ones
     logits = model.apply(params, tokens)
-    assert not torch.equal(logits, plain.apply(params["gpt"], tokens))
-    changed = tokens.clone()
-    changed[:, 3] = (tokens[:, 3] + 1) % 5
-    same = (model.apply(params, changed) == logits).all(-1)
+    assert not torch.allclose(logits, expected)
+    other = tokens.clone()
+    other[:, 3] = (tokens[:, 3] + 1) % 5
+    same = (model.apply(params, other) == logits).all(-1)
     assert same[:, :3].all()
     assert not same[:, 3:].any()
 
