@@ -20,7 +20,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.datasets import load_digits
@@ -28,20 +27,12 @@ from sklearn.model_selection import train_test_split
 from sklearn.svm import SVC
 from tensordict import TensorDict
 from torch import Tensor
-from torch.func import grad, vmap
+from torch.func import vmap
 
 import funcnets
-from funcnets import losses, models, optim, random, tree
+from funcnets import losses, models, optim, random, training
 
 model = models.cnn(in_channels=1, num_classes=10, widths=(32, 64), dropout=0.1)
-
-
-class State(NamedTuple):
-    """All that changes in training."""
-
-    params: TensorDict
-    buffers: TensorDict
-    optimizer: Any
 
 
 def shift(key: random.Key, images: Tensor) -> Tensor:
@@ -54,59 +45,32 @@ def shift(key: random.Key, images: Tensor) -> Tensor:
 
 
 def loss(
-    params: TensorDict, buffers: TensorDict, images: Tensor, labels: Tensor, key: random.Key
-) -> tuple[Tensor, tuple[Tensor, TensorDict]]:
-    """Cross-entropy of a batch; with it, again, and the new running statistics."""
+    params: TensorDict, batch: tuple[Tensor, Tensor], key: random.Key
+) -> tuple[Tensor, dict[str, Tensor], TensorDict]:
+    """Cross-entropy of a batch, no further metrics, and the new running statistics."""
+    images, labels = batch
     shift_key, dropout_key = random.split(key)
-    logits, buffers = model.apply(
-        tree.merge(params, buffers), shift(shift_key, images), train=True, key=dropout_key
-    )
-    value = F.cross_entropy(logits, labels)
-    return value, (value, buffers)
-
-
-def make_step(optimizer: optim.Optimizer) -> Any:
-    """One training step of one network; vmap makes it that of all."""
-
-    def step(state: State, images: Tensor, labels: Tensor, key: random.Key) -> tuple[State, Tensor]:
-        grads, (value, buffers) = grad(loss, has_aux=True)(
-            state.params, state.buffers, images, labels, key
-        )
-        updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
-        return State(optim.apply_updates(state.params, updates), buffers, optimizer_state), value
-
-    return step
+    logits, buffers = model.apply(params, shift(shift_key, images), train=True, key=dropout_key)
+    return F.cross_entropy(logits, labels), {}, buffers
 
 
 def train(
     images: Tensor, labels: Tensor, *, members: int, epochs: int, seed: int, compiled: bool
 ) -> tuple[TensorDict, np.ndarray]:
     """The parameters of all members, batch size [members], and their losses [epochs, members]."""
-    batch = 64
-    init_key, order_key, step_key = random.split(random.key(seed), 3)
-    per_epoch = len(images) // batch
-    optimizer = optim.adamw(
-        optim.schedules.one_cycle(5e-3, steps=epochs * per_epoch), weight_decay=0.05
-    )
-    step = vmap(make_step(optimizer))
+    batches = training.minibatches((images, labels), 64, drop_last=True)
+    rate = optim.schedules.one_cycle(5e-3, steps=epochs * (len(images) // 64))
+    one = training.make_step(None, loss, optim.adamw(rate, weight_decay=0.05))
+
+    # Each member has a key of its own, and so goes through the data in an order of its own.
+    init_key, run_key = random.split(random.key(seed))
+    params = vmap(model.init)(random.split(init_key, members))
+    state = vmap(one.init)(params, random.split(run_key, members))
+    step = vmap(one)
     if compiled:
         step = funcnets.compile(step, donate="state")
-
-    params, buffers = tree.partition(vmap(model.init)(random.split(init_key, members)))
-    state = State(params, buffers, vmap(optimizer.init)(params))
-    curves = np.zeros((epochs, members))
-    with Progress() as progress:
-        for epoch in progress.track(range(epochs), description=f"training {members} networks"):
-            # Each member goes through the data in an order of its own.
-            orders = vmap(lambda key: random.permutation(key, len(images)))(
-                random.split(random.fold_in(order_key, epoch), members)
-            )
-            for i in range(per_epoch):
-                chosen = orders[:, i * batch : (i + 1) * batch]
-                keys = random.split(random.fold_in(step_key, epoch * per_epoch + i), members)
-                state, value = step(state, images[chosen], labels[chosen], keys)
-                curves[epoch] += value.numpy() / per_epoch
-    return tree.merge(state.params, state.buffers), curves
+    state, history = training.fit(step, state, batches, epochs=epochs)
+    return training.parameters(state), np.array([r["training"]["loss"] for r in history])
 
 
 class Scores(NamedTuple):
