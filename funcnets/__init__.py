@@ -1,6 +1,20 @@
 """Purely functional neural networks for PyTorch: parameter trees and pure functions."""
 
-from funcnets import data, generation, layers, losses, metrics, models, optim, random, tree
+from funcnets import (
+    data,
+    ensembles,
+    finetuning,
+    generation,
+    layers,
+    losses,
+    metrics,
+    models,
+    optim,
+    per_sample,
+    random,
+    training,
+    tree,
+)
 from funcnets.compile import compile
 from funcnets.control import cond, remat, route, scan, switch, while_loop
 from funcnets.gradients import grad, grad_and_value
@@ -15,6 +29,8 @@ __all__ = [
     "compile",
     "cond",
     "data",
+    "ensembles",
+    "finetuning",
     "generation",
     "grad",
     "grad_and_value",
@@ -25,6 +41,7 @@ __all__ = [
     "metrics",
     "models",
     "optim",
+    "per_sample",
     "random",
     "read_metadata",
     "remat",
@@ -32,6 +49,7 @@ __all__ = [
     "save",
     "scan",
     "switch",
+    "training",
     "tree",
     "while_loop",
 ]

@@ -1,0 +1,64 @@
+"""vmap in chunks is vmap, TensorDicts and empty ones included."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tensordict import TensorDict
+from torch.func import vmap
+
+from funcnets import ensembles, random, tree
+
+
+class State(NamedTuple):
+    params: TensorDict
+    nothing: TensorDict
+    rest: dict
+
+
+def state(count):
+    w = random.normal(random.key(0), (count, 3, count))
+    inner = TensorDict({"w": w, "n": torch.arange(count)}, [count])
+    params = TensorDict({"inner": inner}, [count])
+    return State(params, TensorDict({}, [count]), {"step": torch.arange(count)})
+
+
+def step(state, x, scale):
+    inner = state.params["inner"]
+    params = TensorDict({"inner": {"w": inner["w"] @ x * scale, "n": inner["n"] + 1}})
+    return state._replace(params=params), {"loss": inner["w"].sum()}
+
+
+@given(st.integers(1, 6), st.integers(1, 7))
+def test_as_the_whole(count, chunk):
+    x = random.normal(random.key(1), (count, 2))
+    dims = (0, None, None)
+    expected = vmap(step, dims)(state(count), x, 2.0)
+    found = ensembles.chunked(step, chunk, dims)(state(count), x, 2.0)
+    assert tree.flatten(found)[1] == tree.flatten(expected)[1]  # batch sizes are part of it
+    for one, other in zip(tree.leaves(found), tree.leaves(expected), strict=True):
+        torch.testing.assert_close(one, other)
+    again = ensembles.chunked(step, chunk, dims)(found[0], torch.eye(2), 1.0)
+    assert again[0].nothing.batch_size == (count,)
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=5))
+def test_members(places):
+    whole = state(4)
+    for chosen in (places, torch.tensor(places)):
+        found = ensembles.members(whole, chosen)
+        assert found.params.batch_size == found.nothing.batch_size == (len(places),)
+        expected = tree.stack([tree.unstack(whole)[place] for place in places])
+        assert tree.flatten(found)[1] == tree.flatten(expected)[1]
+        assert all(map(torch.equal, tree.leaves(found), tree.leaves(expected)))
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="chunk: expected at least 1, got 0"):
+        ensembles.chunked(step, 0)
+    with pytest.raises(ValueError, match=r"in_dims: expected 0 or None for each, got \(1, None\)"):
+        ensembles.chunked(step, 2, (1, None))
