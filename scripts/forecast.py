@@ -3,8 +3,13 @@
 From the last two weeks of hourly values to the next day, week or two weeks (``--horizon``), by a
 GRU, an LSTM and a small Transformer, each an ensemble trained at once by vmap, against ridge
 regression and persistence. All but persistence see the window less its last value and forecast the
-difference from it; the networks read the window day by day, beside a linear map of its hours. The
-split is the usual one of 12, 4 and 4 months; nothing of the test months is used before the end.
+difference from it; the networks read the window day by day, beside a linear map of its hours.
+
+The split is the usual one of 12, 4 and 4 months; nothing of the test months is used before the end.
+Each member of an ensemble draws a dropout rate and a penalty of its own, and in validation the
+better half is kept. There the interval is calibrated, too: what the errors were, in units of the
+deviation of the window (split conformal prediction, Vovk et al. 2005).
+
 Run it with ``uv run scripts/forecast.py``; ``--help`` lists the flags.
 """
 
@@ -14,6 +19,7 @@ import argparse
 import csv
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,27 +38,30 @@ from torch import Tensor
 from torch.func import grad, vmap
 from torchvision.datasets.utils import download_url
 
-from funcnets import Model, layers, models, optim, random, tree
+from funcnets import Model, layers, optim, random, tree
+from funcnets.data import Windows, windows
 
 URL = "https://raw.githubusercontent.com/zhouhaoyi/ETDataset/main/ETT-small/ETTh1.csv"
 DAY, MONTH = 24, 30 * 24
 # The hours at which training, validation and test end.
 ENDS = 12 * MONTH, 16 * MONTH, 20 * MONTH
-WIDTH, DROPOUT, BATCH = 16, 0.5, 128
-SHRINKAGE = 0.003  # the penalty on the linear map beside the network
+WIDTH, BATCH = 16, 128
+COVERAGE = 0.9
 PENALTIES = [10.0**power for power in range(5)]
 
 
-class Windows(NamedTuple):
-    """Every window of one part of the series, and what came after each.
+class Settings(NamedTuple):
+    """What a member has drawn: the rate of dropout, and the penalty on its linear map."""
 
-    Attributes:
-        past: [windows, hours].
-        future: [windows, horizon].
-    """
+    dropout: Tensor
+    penalty: Tensor
 
-    past: Tensor
-    future: Tensor
+
+def draw_settings(key: random.Key) -> Settings:
+    """A rate from 0.1 to 0.7, and a penalty from 0.0003 to 0.03 whose logarithm is uniform."""
+    rate_key, penalty_key = random.split(key).unbind()
+    exponent = random.uniform(penalty_key, (), -3.5, -1.5)
+    return Settings(random.uniform(rate_key, (), 0.1, 0.7), 10.0**exponent)
 
 
 def read(path: Path) -> Tensor:
@@ -61,12 +70,6 @@ def read(path: Path) -> Tensor:
         values = torch.tensor([float(row["OT"]) for row in csv.DictReader(file)])
     training = values[: ENDS[0]]
     return (values - training.mean()) / training.std()
-
-
-def windows(series: Tensor, start: int, end: int, window: int, horizon: int) -> Windows:
-    """All windows whose futures lie within the hours from start to end."""
-    past = series[start - window : end - horizon].unfold(0, window, 1)
-    return Windows(past, series[start:end].unfold(0, horizon, 1))
 
 
 def ridge(train: Windows, penalty: float) -> Callable[[Tensor], Tensor]:
@@ -84,6 +87,28 @@ def ridge(train: Windows, penalty: float) -> Callable[[Tensor], Tensor]:
     return forecast
 
 
+def recurrent(horizon: int, cell: str) -> Model:
+    """A GRU or an LSTM over the days, [batch, days, 24] to [batch, horizon]."""
+    kinds: dict[str, tuple[Callable[..., TensorDict], Callable[..., Any]]] = {
+        "GRU": (layers.init_gru, layers.gru),
+        "LSTM": (partial(layers.init_lstm, forget_bias=1.0), layers.lstm),
+    }
+    init_layer, run = kinds[cell]
+
+    def init(key: random.Key) -> TensorDict:
+        layer_key, head_key = random.split(key).unbind()
+        head = layers.init_linear(head_key, WIDTH, horizon)
+        return TensorDict({"layer": init_layer(layer_key, DAY, WIDTH), "head": head})
+
+    def apply(params: TensorDict, x: Tensor, rate: float | Tensor = 0.0, key: Any = None) -> Tensor:
+        outputs, _ = run(params["layer"], x)
+        x = outputs[:, -1]
+        x = x if key is None else layers.dropout(key, x, rate)
+        return layers.linear(params["head"], x)
+
+    return Model(init, apply)
+
+
 def transformer(horizon: int, days: int) -> Model:
     """One encoder layer over the days, [batch, days, 24] to [batch, horizon]."""
     width, heads = 2 * WIDTH, 2
@@ -99,25 +124,24 @@ def transformer(horizon: int, days: int) -> Model:
             }
         )
 
-    def apply(params: TensorDict, x: Tensor, *, train: bool = False, key: Any = None) -> Any:
+    def apply(params: TensorDict, x: Tensor, rate: float | Tensor = 0.0, key: Any = None) -> Tensor:
         layer_key, head_key = (None, None) if key is None else random.split(key).unbind()
         x = layers.linear(params["embed"], x) + params["positions", "weight"]
         x = layers.encoder_layer(
-            params["layer"], x, heads=heads, norm_first=True, dropout=DROPOUT, key=layer_key
+            params["layer"], x, heads=heads, norm_first=True, dropout=rate, key=layer_key
         )
         x = reduce(x, "batch days width -> batch width", "mean")
-        x = x if head_key is None else layers.dropout(head_key, x, DROPOUT)
-        return layers.finish(layers.linear(params["head"], x), {}, train)
+        x = x if head_key is None else layers.dropout(head_key, x, rate)
+        return layers.linear(params["head"], x)
 
     return Model(init, apply)
 
 
 def networks(horizon: int, days: int) -> dict[str, Model]:
     """What is compared, each from days [batch, days, 24] to [batch, horizon]."""
-    options: dict[str, Any] = {"dropout": DROPOUT}
     return {
-        "GRU": models.recurrent(DAY, horizon, WIDTH, **options),
-        "LSTM": models.recurrent(DAY, horizon, WIDTH, cell="lstm", forget_bias=1.0, **options),
+        "GRU": recurrent(horizon, "GRU"),
+        "LSTM": recurrent(horizon, "LSTM"),
         "Transformer": transformer(horizon, days),
     }
 
@@ -133,14 +157,13 @@ def forecaster(network: Model, window: int, horizon: int) -> Model:
         params["network", "head"], params["linear"] = nothing
         return params
 
-    def apply(params: TensorDict, past: Tensor, *, train: bool = False, key: Any = None) -> Any:
+    def apply(
+        params: TensorDict, past: Tensor, rate: float | Tensor = 0.0, key: Any = None
+    ) -> Tensor:
         last = past[:, -1:]
         days = rearrange(past - last, "batch (days hours) -> batch days hours", hours=DAY)
-        outputs, buffers = layers.with_buffers(
-            network.apply, params["network"], days, train=train, key=key
-        )
-        outputs = outputs + layers.linear(params["linear"], past - last) + last
-        return layers.finish(outputs, {} if buffers is None else buffers, train)
+        outputs = network.apply(params["network"], days, rate, key)
+        return outputs + layers.linear(params["linear"], past - last) + last
 
     return Model(init, apply)
 
@@ -155,27 +178,28 @@ def train(
     key: random.Key,
     advance: Callable[[], None],
 ) -> TensorDict:
-    """An ensemble, each member as it was after the epoch that was its best in validation."""
+    """The better half of an ensemble, each member as it was after its best epoch in validation."""
     per_epoch = len(known.past) // BATCH
-    init_key, order_key, step_key = random.split(key, 3).unbind()
+    init_key, order_key, step_key, settings_key = random.split(key, 4).unbind()
     optimizer = optim.adamw(
         optim.schedules.cosine(1e-3, steps=per_epoch * epochs), weight_decay=1.0
     )
 
-    def loss(params: TensorDict, batch: Windows, key: random.Key) -> Tensor:
-        outputs, _ = model.apply(params, batch.past, train=True, key=key)
-        penalty = SHRINKAGE * params["linear", "weight"].square().sum()
+    def loss(params: TensorDict, batch: Windows, key: random.Key, settings: Settings) -> Tensor:
+        outputs = model.apply(params, batch.past, settings.dropout, key)
+        penalty = settings.penalty * params["linear", "weight"].square().sum()
         return F.huber_loss(outputs, batch.future, delta=0.5) + penalty
 
     def step(
-        params: TensorDict, state: Any, batch: Windows, key: random.Key
+        params: TensorDict, state: Any, batch: Windows, key: random.Key, settings: Settings
     ) -> tuple[TensorDict, Any]:
-        gradients = grad(loss)(params, batch, key)
+        gradients = grad(loss)(params, batch, key, settings)
         updates, state = optimizer.update(gradients, state, params)
         return optim.apply_updates(params, updates), state
 
     params = vmap(model.init)(random.split(init_key, members))
     state = vmap(optimizer.init)(params)
+    settings = vmap(draw_settings)(random.split(settings_key, members))
     best, lowest = params, torch.full((members,), float("inf"))
     for epoch in range(epochs):
         keys = random.split(random.fold_in(order_key, epoch), members).unbind()
@@ -184,7 +208,7 @@ def train(
             chosen = orders[:, i * BATCH : (i + 1) * BATCH]
             samples = tree.map(lambda part, chosen=chosen: part[chosen], known)
             draws = random.split(random.fold_in(step_key, epoch * per_epoch + i), members)
-            params, state = vmap(step)(params, state, samples, draws)
+            params, state = vmap(step)(params, state, samples, draws, settings)
             advance()
         errors = (predict(model, params, validation.past) - validation.future).square()
         error = reduce(errors, "members windows hours -> members", "mean")
@@ -193,7 +217,20 @@ def train(
         best = vmap(lambda yes, *both: tree.map(lambda n, o: torch.where(yes, n, o), *both))(
             better, params, best
         )
-    return best
+    kept = lowest.argsort()[: (members + 1) // 2]
+    return best[kept]
+
+
+def deviation(past: Tensor) -> Tensor:
+    """Of each window, [windows, 1]: errors are larger in months of unsteady weather."""
+    return past.std(1, keepdim=True)
+
+
+def calibrate(forecast: Tensor, windows: Windows) -> Tensor:
+    """Half the width of the interval at each hour, in units of the deviation of a window."""
+    errors = (forecast - windows.future).abs() / deviation(windows.past)
+    count = len(errors)
+    return errors.quantile(min(1.0, COVERAGE * (count + 1) / count), dim=0)
 
 
 def predict(model: Model, params: TensorDict, past: Tensor) -> Tensor:
@@ -225,7 +262,7 @@ def draw(
         for name, forecast in forecasts.items():
             plot.plot(ahead, forecast[at], linewidth=1, label=name)
         low, high = mean[at] - width[at], mean[at] + width[at]
-        plot.fill_between(ahead, low, high, alpha=0.2, label="90 % interval")
+        plot.fill_between(ahead, low, high, alpha=0.2, label=f"{100 * COVERAGE:.0f} % interval")
         plot.set(xlabel="hours from now", ylabel="oil temperature, standardised")
     axes[0, 0].legend(fontsize="small")
     figure.savefig(path, dpi=110)
@@ -238,7 +275,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="ETTh1.csv; by default it is downloaded")
     parser.add_argument("--horizon", type=int, default=24, help="hours ahead: 24, 168, 336, ...")
     parser.add_argument("--days", type=int, default=14, help="how many the forecast is made from")
-    parser.add_argument("--members", type=int, default=8, help="of each ensemble")
+    parser.add_argument("--members", type=int, default=8, help="half of them are kept")
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("outputs/forecast"))
@@ -252,7 +289,7 @@ def main() -> None:
     series, window = read(path), flags.days * DAY
     starts = (window, *ENDS[:2])
     known, validation, test = (
-        windows(series, start, end, window, flags.horizon)
+        windows(series, window, flags.horizon, start=start, end=end)
         for start, end in zip(starts, ENDS, strict=True)
     )
     console.print(
@@ -267,7 +304,6 @@ def main() -> None:
     fit = min(fits, key=lambda fit: error(fit(validation.past), validation.future))
     forecasts = {"persistence": test.past[:, -1:].expand_as(test.future), "ridge": fit(test.past)}
     at_validation: list[Tensor] = []
-    spread: list[Tensor] = []
     alone: dict[str, tuple[float, float]] = {}
     chosen = networks(flags.horizon, flags.days)
     steps = len(known.past) // BATCH * flags.epochs
@@ -288,15 +324,12 @@ def main() -> None:
             at_validation.append(predict(model, params, validation.past).mean(0))
             members = predict(model, params, test.past)
             forecasts[name] = members.mean(0)
-            spread.append(members.var(0, correction=0))
             alone[name] = (
                 float((members - test.future).square().mean()),
                 float((members - test.future).abs().mean()),
             )
     expected = torch.stack(at_validation).mean(0)
-    own = torch.stack([forecasts[name] for name in chosen])
-    forecasts["all networks"] = own.mean(0)
-    variance = own.var(0) + torch.stack(spread).mean(0)
+    forecasts["all networks"] = torch.stack([forecasts[name] for name in chosen]).mean(0)
 
     table = Table(title=f"errors in the test, {flags.horizon} hours ahead")
     for column in ("", "squared", "absolute", "one alone", "one alone, absolute"):
@@ -308,15 +341,14 @@ def main() -> None:
         table.add_row(name, *cells)
     console.print(table)
 
-    # The interval has the variance of the members, and that of the errors in validation, by hour.
     best = forecasts["all networks"]
-    residual = (expected - validation.future).square().mean(0)
-    width = 1.645 * (variance + residual).sqrt()
+    width = calibrate(expected, validation) * deviation(test.past)
     inside = float(((best - test.future).abs() <= width).float().mean())
     gain = 1 - error(best, test.future) / error(forecasts["ridge"], test.future)
     console.print(
         f"the mean of all networks: its squared error is {100 * gain:.1f} % below that of ridge "
-        f"regression, and {100 * inside:.0f} % of what came lies in its 90 % interval"
+        f"regression, and {100 * inside:.1f} % of what came lies in its {100 * COVERAGE:.0f} % "
+        "interval"
     )
     flags.output.mkdir(parents=True, exist_ok=True)
     figure = flags.output / f"forecast_{flags.horizon}.png"
