@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tensordict import TensorDict
 
-from funcnets import data, random
+from funcnets import data, optim, random, tree
 from funcnets.serialization import read_metadata
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "siamese.py"
@@ -92,6 +93,83 @@ def test_alphabets_never_seen(script):
     assert script.unseen_alphabets(*sets[::-1]) == ["Balinese", "Early_Aramaic", "Korean"]
 
 
+@needs_data
+def test_a_batch_has_groups_of_one_alphabet_and_the_same_drawers(script):
+    known = data.omniglot(Path(DATA, "omniglot", "images_background_small1.zip"))
+    batches = script.make_batches(known)
+    batch, again = batches(random.key(0)), batches(random.key(0))
+    for column, other in zip(batch, again, strict=True):
+        assert torch.equal(column, other)
+    assert not torch.equal(batch.places, batches(random.key(1)).places)
+
+    characters, drawers = known.characters[batch.places], known.drawers[batch.places]
+    assert torch.equal(characters, characters[:, :1].expand_as(characters))
+    sizes = [*script.GROUPS, *(2 * script.PAIRED * [4])]
+    groups = [x.split(sizes) for x in (characters[:, 0], drawers, batch.matrix, batch.offset)]
+    for of, *shared in zip(*groups, strict=True):
+        assert len({known.character_names[i].split("/")[0] for i in of}) == 1
+        for column in shared:
+            assert torch.equal(column, column[:1].expand_as(column))
+        assert len(shared[0][0].unique()) == script.SAMPLES
+    plain = sum(script.GROUPS)
+    assert (batch.offset[:plain] == 0).all()
+    assert (batch.size[:plain] == 1).all()
+    labels = batch.labels[:plain]
+    assert torch.equal(labels // 8, characters[:plain, 0])
+    for group in labels.split(list(script.GROUPS)):
+        assert len(group.unique()) == len(group)
+        assert len((group % 8).unique()) == 1  # seen alike
+
+    # Four classes of two characters each, of four characters; all their labels differ.
+    assert len(batch.labels[plain:].unique()) == 4 * script.PAIRED
+    first, second = batch.offset[plain:].chunk(2)
+    assert torch.equal(first, -second)
+    assert 0.05 < float(batch.size[plain:].min()) < 1
+    parts = characters[plain:, 0].chunk(2)
+    hands = drawers[plain:].chunk(2)
+    assert torch.equal(*hands)
+    for pair in zip(*(part.split(4) for part in parts), strict=True):
+        assert len(torch.cat(pair).unique()) == 4
+        assert len(torch.stack(pair, 1).unique(dim=0)) == 4
+
+
+@needs_data
+def test_views_of_pairs_hold_the_ink_of_both(script):
+    known = data.omniglot(Path(DATA, "omniglot", "images_background_small2.zip"))
+    some = known.characters < 60
+    known = data.Omniglot(*(x[some] for x in known[:4]), known.character_names[:60], known[5])
+    views, labels = script.make_views(known)(random.key(0))
+    classes = sum(script.GROUPS) + 4 * script.PAIRED
+    assert views.shape == (classes * script.SAMPLES, 1, script.SIZE, script.SIZE)
+    assert torch.equal(labels[:: script.SAMPLES], labels[script.SAMPLES - 1 :: script.SAMPLES])
+    ink = views.mean((1, 2, 3))
+    plain = sum(script.GROUPS) * script.SAMPLES
+    assert ink[plain:].mean() > 1.1 * ink[:plain].mean()
+
+
+def test_convolutions_are_matrices_to_the_optimizer(script):
+    params, grads = (
+        TensorDict({"layer1": {"conv1": {"weight": random.normal(key, (4, 2, 3, 3))}}})
+        for key in random.split(random.key(0))
+    )
+    wrapped, muon = script.as_matrices(optim.muon(0.1)), optim.muon(0.1)
+    updates, _ = wrapped.update(grads, wrapped.init(params), params)
+    params, grads = (column.apply(lambda leaf: leaf.flatten(1)) for column in (params, grads))
+    expected, _ = muon.update(grads, muon.init(params), params)
+    for found, flat in zip(tree.leaves(updates), tree.leaves(expected), strict=True):
+        assert found.shape == (4, 2, 3, 3)
+        assert torch.equal(found.flatten(1), flat)
+
+    params, _ = tree.partition(script.model.init(random.key(0)))
+    flat = params.apply(lambda leaf: leaf.flatten(1) if leaf.ndim > 2 else leaf)
+    chosen = [p[-3:] for p, leaf in tree.leaves_with_path(flat) if script.is_block_matrix(p, leaf)]
+    blocks = [f"layer{i}" for i in (1, 2, 3)]
+    assert sorted(chosen) == sorted(
+        [(block, conv, "weight") for block in blocks for conv in ("conv1", "conv2")]
+        + [(block, "downsample", "0", "weight")[-3:] for block in blocks]
+    )
+
+
 def strokes(seed, n=3, side=105):
     """Ink in a box somewhere: rectangles of no symmetry."""
     ink = torch.zeros(n, 1, side, side)
@@ -111,8 +189,8 @@ def test_views_are_centred_and_fill_the_square(script):
     columns, rows = ((views[:, 0].amax(axis) > 0.5).float() for axis in (1, 2))
     for i in range(3):
         inked = rows[i].nonzero()
-        assert abs(inked.float().mean() - 15.5) <= 1
-        assert 23 <= len(inked) <= 28  # 32 / 1.25
+        assert abs(inked.float().mean() - 23.5) <= 1
+        assert 36 <= len(inked) <= 41  # 48 / 1.25
     assert (columns.sum(1).diff() > 0).all()
 
 
@@ -131,10 +209,16 @@ def test_the_symmetries_are_those_of_the_square(script):
 
 def test_redrawing_is_a_function_of_the_key_and_keeps_the_drawing(script):
     drawings = script.drawings_of(strokes(0))
-    plain = torch.eye(2).expand(3, 2, 2)
-    first, again, other = (script.redraw(random.key(seed), drawings, plain) for seed in (0, 0, 1))
+    whole = torch.eye(2).expand(3, 2, 2), torch.ones(3, 2), torch.zeros(3, 2)
+    first, again, other = (script.redraw(random.key(seed), drawings, *whole) for seed in (0, 0, 1))
     assert torch.equal(first, again)
-    views = script.look(drawings, plain)
+    views = script.look(drawings, whole[0])
     for changed in (first, other):
         assert 0.02 < (changed - views).abs().mean() < 0.3
     assert (first - other).abs().mean() > 0.02
+
+    # In the left half: little ink in the right one, and none where the view is as before.
+    left = torch.tensor([0.5, 1.0]).expand(3, 2), torch.tensor([-0.5, 0.0]).expand(3, 2)
+    placed = script.redraw(random.key(0), drawings, whole[0], *left)
+    sides = [side.sum() for side in placed.chunk(2, dim=3)]
+    assert sides[1] < 0.2 * sides[0]
