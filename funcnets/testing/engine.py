@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import re
 import time
 from collections.abc import Callable, Iterable
@@ -27,10 +28,10 @@ except ImportError as error:
 EXAMPLES = 10
 SECONDS = 10.0  # that making a failing case small may take
 
-# What torch says of an operator that has no such derivative.
-_NO_DERIVATIVE = re.compile(
+# What torch says of an operator that has no such derivative, or none for a dtype.
+_NOT_IN_TORCH = re.compile(
     r"derivative for .* is not implemented|does not support it because it has not been implemented"
-    r"|forward AD .*not|Trying to use forward AD"
+    r"|Trying to use forward AD|not implemented for '"
 )
 
 
@@ -124,14 +125,19 @@ class Invariant:
         tolerance = self.tolerance[0 if double else 1] if tolerance is None else tolerance
         examples = min(examples, self.examples)
         with torch.random.fork_rng(devices=[]):  # which a wrong model may draw from
-            if not self.whole:
+            nested = hypothesis.currently_in_test_context()
+            if not self.whole and not nested:
                 return self._search(subject, examples, seed, tolerance)
-            # As many as it takes, most stop at the first; large, that no part stays without use.
+            # Large ones, that no part stays without use.
             sizes = {name: high for name, (_, high) in subject.axes.items()}
             numbers = range(seed * self.examples, (seed + 1) * self.examples)
             samples = (subject.sample(number, sizes=sizes) for number in numbers)
             trials = (Try(subject, sample, tolerance) for sample in samples)
-            return self._one(trials, Sample(sizes, numbers[0]))
+            if self.whole:  # as many as it takes: most stop at the first
+                return self._one(trials, Sample(sizes, numbers[0]))
+            # Within a test of Hypothesis, that test draws, and makes small what fails.
+            found = [self._one(trial, trial.sample) for trial in itertools.islice(trials, examples)]
+            return found[0]
 
     def _search(self, subject: Subject, examples: int, seed: int, tolerance: float) -> str | None:
         skipped: list[str | None] = []
@@ -186,7 +192,7 @@ class Invariant:
         except Violation as violation:
             raise self._told(violation, sample) from violation.__cause__
         except Exception as error:
-            if isinstance(error, NotImplementedError | RuntimeError) and _NO_DERIVATIVE.search(
+            if isinstance(error, NotImplementedError | RuntimeError) and _NOT_IN_TORCH.search(
                 str(error)
             ):
                 return f"torch: {str(error).splitlines()[0]}"

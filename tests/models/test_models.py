@@ -76,6 +76,9 @@ OPTIONS: dict[str, dict] = {
         "skip": ["gradients_match_finite_differences", "hessian_products_are_right"]
     },
     "mobilenet_v3": {"momentum": 0.01},
+    # The input of a later encoder is looked at when the earlier ones have run.
+    "multimodal_shared": {"skip": ["tells_a_wrong_input"]},
+    "multimodal_attention": {"skip": ["tells_a_wrong_input"]},
 }
 THOROUGH = settings.default.max_examples > 10
 

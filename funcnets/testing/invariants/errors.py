@@ -20,17 +20,20 @@ def _unchecked(subject: Subject) -> str | None:
     return "the model does not say that it checks shapes (checks_shapes=True)"
 
 
-@invariant(when=_unchecked, examples=1)
+@invariant(when=_unchecked, examples=3)
 def tells_a_wrong_parameter(trial: Try) -> None:
     """A parameter of a wrong shape, missing or too many is told by name, before any arithmetic."""
     subject, (params, inputs, key) = trial.subject, trial.parts
-    for path, leaf in tree.leaves_with_path(params):
-        name, wrong = tree.join(path), torch.ones((*leaf.shape, 2), dtype=leaf.dtype)
-        _refused(subject, _with(params, path, wrong), inputs, key, name, "one axis more")
+    for i, (path, leaf) in enumerate(tree.leaves_with_path(params), trial.sample.seed):
+        wrong: dict[str, Tensor | None] = {
+            "one axis more": torch.ones((*leaf.shape, 2), dtype=leaf.dtype),
+            "missing": None,
+        }
         if leaf.ndim:
-            wrong = torch.ones((*leaf.shape[:-1], leaf.shape[-1] + 1), dtype=leaf.dtype)
-            _refused(subject, _with(params, path, wrong), inputs, key, name, "one more at its end")
-        _refused(subject, _with(params, path, None), inputs, key, name, "missing")
+            sizes = (*leaf.shape[:-1], leaf.shape[-1] + 1)
+            wrong["one more at its end"] = torch.ones(sizes, dtype=leaf.dtype)
+        what, other = list(wrong.items())[i % len(wrong)]  # the next one in the next case
+        _refused(subject, _with(params, path, other), inputs, key, tree.join(path), what)
     extra = _with(params, ("unknown_part",), torch.ones(2))
     _refused(subject, extra, inputs, key, "unknown_part", "too many")
 

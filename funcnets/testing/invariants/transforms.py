@@ -31,6 +31,8 @@ def vmap_equals_the_loop(trial: Try) -> None:
         "both": (params, inputs, (0, 0)),
     }
     for name, (held, seen, dims) in over.items():
+        if not tree.leaves([x for x, dim in zip((held, seen), dims, strict=True) if dim == 0]):
+            continue  # no parameters, or no inputs
         outputs = vmap(lambda p, x: subject.infer(p, x, first_key), dims)(held, seen)
         for i, (p, x, _) in enumerate(singles):
             p, x = (p if dims[0] == 0 else first_params), (x if dims[1] == 0 else first_inputs)
