@@ -106,16 +106,7 @@ def check_model(
 
 
 def model_properties(
-    model: Any,
-    inputs: Any,
-    *,
-    only: Iterable[str] | None = None,
-    skip: Iterable[str] = (),
-    also: Iterable[str] = (),
-    tolerances: Mapping[str, float] | None = None,
-    examples: int = EXAMPLES,
-    seed: int = 0,
-    **options: Any,
+    model: Any, inputs: Any, **options: Any
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Makes one pytest test of each invariant: arguments as those of `check_model`.
 
@@ -131,17 +122,7 @@ def model_properties(
     """
     import pytest
 
-    each = properties(
-        model,
-        inputs,
-        only=only,
-        skip=skip,
-        also=also,
-        tolerances=tolerances,
-        examples=examples,
-        seed=seed,
-        **options,
-    )
+    each = properties(model, inputs, **options)
 
     def decorate(test: Callable[..., Any]) -> Callable[..., Any]:
         if "check" not in inspect.signature(test).parameters:

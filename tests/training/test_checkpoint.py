@@ -66,7 +66,7 @@ def trained(**options):
         {"optimizer": optim.by_path({"*.bias": optim.sgd(0.1)}, optim.adamw(0.1))},
         {"precision": training.float16(8.0), "trainable": "3"},
     ],
-    ids=str,
+    ids=["average", "by path", "float16"],
 )
 def test_a_state_comes_back(tmp_path, options):
     step, state = trained(**options)

@@ -99,7 +99,7 @@ OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=["plain", "parts", "average"])
 def test_members_together_equal_members_alone_and_compiled(options):
     model = mlp(dropout=0.5)
     step = make(model, **options)
