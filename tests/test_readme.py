@@ -16,7 +16,7 @@ def test_the_code_of_the_readme(capsys, monkeypatch):
     quick = functools.partial(funcnets.compile, backend="aot_eager")
     monkeypatch.setattr(funcnets, "compile", quick)
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
-    assert len(blocks) == 23
+    assert len(blocks) == 24
     namespace: dict = {}
     with torch.random.fork_rng():  # the page makes its data with torch.rand
         for block in blocks:
