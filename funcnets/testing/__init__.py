@@ -4,7 +4,6 @@ Needs Hypothesis. `check_model` tries every invariant that applies and reports; 
 makes a pytest test of each; an invariant alone is a function of a model and its inputs.
 """
 
-from funcnets.testing import strategies
 from funcnets.testing.check import Report, Result, check_model, model_properties, properties, sample
 from funcnets.testing.declared import booleans, floats, integers, lengths
 from funcnets.testing.engine import Invariant
@@ -20,6 +19,8 @@ from funcnets.testing.invariants.symmetry import (
     translation,
 )
 from funcnets.testing.subject import Sample, Subject
+
+from funcnets.testing import strategies  # isort: skip - last, for the engine tells what is missing
 
 __all__ = [
     "INVARIANTS",

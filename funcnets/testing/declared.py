@@ -21,7 +21,8 @@ BATCH, SIZES = (2, 4), (1, 5)
 class Declared:
     """One tensor: its kind and its axes, which are numbers or names.
 
-    A name has one size wherever it stands. The axis named ``batch`` is that of the samples.
+    A name has one size wherever it stands. The axis named ``batch`` is that of the samples. A name
+    may have its size in ``given``: an axis that has this size here, and could have another.
     """
 
     kind: Kind
@@ -29,6 +30,7 @@ class Declared:
     low: float | None = None
     high: float | None = None
     of: str | None = None
+    given: tuple[tuple[str, int], ...] = ()
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """The shape for given sizes of the named axes."""
@@ -59,7 +61,8 @@ def floats(axes: str, low: float | None = None, high: float | None = None) -> De
     """Real numbers: normally distributed, or uniform between two bounds.
 
     Args:
-        axes: sizes and names, apart by spaces: ``"batch 3 height width"``.
+        axes: sizes and names, apart by spaces: ``"batch 3 height width"``. A size without a name is
+            one that the model insists on; ``height=8`` has the size 8, and might have another.
         low: the least value, if there is one.
         high: the largest one.
 
@@ -68,7 +71,7 @@ def floats(axes: str, low: float | None = None, high: float | None = None) -> De
     """
     if (low is None) != (high is None):
         raise ValueError(f"floats: expected both bounds or none, got {low} and {high}")
-    return Declared("floats", _axes(axes), low, high)
+    return Declared("floats", names(axes), low, high, given=sizes(axes))
 
 
 def integers(axes: str, high: int, low: int = 0) -> Declared:
@@ -79,7 +82,7 @@ def integers(axes: str, high: int, low: int = 0) -> Declared:
     """
     if high <= low:
         raise ValueError(f"integers: high: expected more than {low}, got {high}")
-    return Declared("integers", _axes(axes), low, high)
+    return Declared("integers", names(axes), low, high, given=sizes(axes))
 
 
 def booleans(axes: str) -> Declared:
@@ -88,7 +91,7 @@ def booleans(axes: str) -> Declared:
     >>> booleans("batch time").kind
     'booleans'
     """
-    return Declared("booleans", _axes(axes))
+    return Declared("booleans", names(axes), given=sizes(axes))
 
 
 def lengths(axes: str, of: str) -> Declared:
@@ -97,7 +100,7 @@ def lengths(axes: str, of: str) -> Declared:
     >>> lengths("batch", of="time").of
     'time'
     """
-    return Declared("lengths", _axes(axes), of=of)
+    return Declared("lengths", names(axes), of=of, given=sizes(axes))
 
 
 def declare(inputs: Any) -> Any:
@@ -147,7 +150,8 @@ def axes_of(
     for leaf in tree.leaves(declared):
         for axis in (*leaf.axes, *([leaf.of] if leaf.of else [])):
             if isinstance(axis, str):
-                found[axis] = BATCH if axis == "batch" else SIZES
+                found.setdefault(axis, BATCH if axis == "batch" else SIZES)
+        found |= {name: (size, size) for name, size in leaf.given}
     for name, sizes in (given or {}).items():
         if name not in found:
             names = ", ".join(found) or "none"
@@ -166,9 +170,18 @@ def draw(
     return tree.unflatten(structure, drawn)
 
 
-def _axes(axes: str) -> tuple[int | str, ...]:
-    parts = axes.split()
-    for part in parts:
-        if not part.isdigit() and not part.isidentifier():
+def names(axes: str) -> tuple[int | str, ...]:
+    """The axes of ``"batch 3 height=8"``: names, and sizes that have none."""
+    parts = [part.partition("=") for part in axes.split()]
+    for name, equals, size in parts:
+        if not (name.isidentifier() or (name.isdigit() and not equals)) or (
+            equals and not size.isdigit()
+        ):
             raise ValueError(f"axes: expected names and sizes apart by spaces, got {axes!r}")
-    return tuple(int(part) if part.isdigit() else part for part in parts)
+    return tuple(int(name) if name.isdigit() else name for name, _, _ in parts)
+
+
+def sizes(axes: str) -> tuple[tuple[str, int], ...]:
+    """The sizes that stand with their names."""
+    parts = [part.partition("=") for part in axes.split()]
+    return tuple((name, int(size)) for name, _, size in parts if size)

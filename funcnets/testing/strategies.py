@@ -1,4 +1,4 @@
-"""Hypothesis strategies for property tests of one's own: keys, trees, parameters, inputs."""
+"""Hypothesis strategies for property tests of one's own: keys, trees, models, inputs."""
 
 from __future__ import annotations
 
@@ -14,8 +14,24 @@ from torch import Tensor
 from funcnets import random, tree
 from funcnets.testing.declared import axes_of, declare
 from funcnets.testing.declared import draw as draw_declared
+from funcnets.testing.families import invalid_options, models
 from funcnets.testing.subject import Sample, Subject
 
+__all__ = [
+    "batches",
+    "devices",
+    "dtypes",
+    "invalid_options",
+    "keys",
+    "models",
+    "nested",
+    "operands",
+    "parameters",
+    "samples",
+    "shapes",
+    "tensors",
+    "trees",
+]
 NAMES = ("weight", "bias", "running_mean", "running_var", "0", "1", "conv1", "layer1", "fc")
 
 

@@ -198,6 +198,7 @@ class Subject:
         return getattr(self, "draws", True)
 
     def _precision(self) -> tuple[torch.dtype, str | None]:
+        sample: Any = "init"
         try:
             sample = self.sample(dtype=torch.float64)
             self.infer(sample.params, sample.inputs)

@@ -1,20 +1,28 @@
-"""Torchvision's own classes, made as small as a configuration of ours; none of them drops."""
+"""Convolutional networks of torch's and torchvision's classes, of a configuration of ours.
+
+None of them drops.
+"""
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-from hypothesis import strategies as st
+from references import RESIDUAL_BLOCKS
 from torch import nn
 from torchvision.models import VGG, AlexNet, ConvNeXt, EfficientNet, MobileNetV2, MobileNetV3
 from torchvision.models.convnext import CNBlockConfig
+from torchvision.models.densenet import _DenseBlock, _Transition
 from torchvision.models.efficientnet import FusedMBConv, MBConv, _MBConvConfig
 from torchvision.models.mobilenetv3 import InvertedResidualConfig
 from torchvision.models.vgg import make_layers
-from torchvision.ops import Conv2dNormActivation
+from torchvision.ops import Conv2dNormActivation, Conv3dNormActivation
+from torchvision.ops.misc import ConvNormActivation
+from unet_reference import UNet
 
 kaiming = partial(nn.init.kaiming_normal_, mode="fan_out", nonlinearity="relu")
 normal = partial(nn.init.normal_, std=0.01)
@@ -28,20 +36,149 @@ def begin(layer: nn.Module, weight_init: Any) -> nn.Module:
     return layer
 
 
+class Conv1dNormActivation(ConvNormActivation):
+    """What torchvision has for two and three dimensions."""
+
+
+CONVS: dict[int, tuple[Callable[..., nn.Module], type[nn.Module]]] = {
+    1: (partial(Conv1dNormActivation, conv_layer=nn.Conv1d), nn.BatchNorm1d),
+    2: (Conv2dNormActivation, nn.BatchNorm2d),
+    3: (Conv3dNormActivation, nn.BatchNorm3d),
+}
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "relu": nn.ReLU,
+    "gelu_tanh": partial(nn.GELU, approximate="tanh"),
+    "silu": nn.SiLU,
+    "tanh": nn.Tanh,
+}
+STEMS = {"imagenet": (7, 2, 3), "small": (3, 1, 1)}
+
+
+def cnn(config: Any) -> nn.Module:
+    dims, channels, features = config.dims, config.in_channels, nn.Sequential()
+    conv, batch_norm = CONVS[dims]
+    norm = {None: None, "batch": batch_norm, "group": partial(nn.GroupNorm, config.groups)}
+    pools = {"max": getattr(nn, f"MaxPool{dims}d"), "avg": getattr(nn, f"AvgPool{dims}d")}
+    for width in config.widths:
+        block = nn.Sequential()
+        for _ in range(config.depth):
+            block.append(
+                conv(
+                    channels,
+                    width,
+                    config.kernel_size,
+                    norm_layer=norm[config.norm],
+                    activation_layer=ACTIVATIONS[config.activation],
+                    inplace=None,
+                )
+            )
+            channels = width
+        if config.pool is not None:
+            block.append(pools[config.pool](2))
+        features.append(block)
+    return nn.Sequential(
+        OrderedDict(
+            features=features,
+            pool=getattr(nn, f"AdaptiveAvgPool{dims}d")(1),
+            flatten=nn.Flatten(),
+            classifier=nn.Linear(channels, config.num_classes),
+        )
+    )
+
+
+def unet(config: Any) -> nn.Module:
+    group_norm = partial(nn.GroupNorm, config.groups)
+    return UNet(
+        config.in_channels,
+        config.num_classes,
+        config.widths,
+        config.convolutions,
+        {None: None, "batch": nn.BatchNorm2d, "group": group_norm}[config.norm],
+        ACTIVATIONS[config.activation],
+        config.upsample,
+    )
+
+
+def resnet(config: Any) -> nn.Module:
+    block = RESIDUAL_BLOCKS[config.block, config.squeeze_excitation]
+    first = nn.Conv2d(config.in_channels, config.width, *STEMS[config.stem], bias=False)
+    parts: dict[str, nn.Module] = {
+        "conv1": first,
+        "bn1": nn.BatchNorm2d(config.width),
+        "relu": nn.ReLU(),
+    }
+    if config.stem == "imagenet":
+        parts["maxpool"] = nn.MaxPool2d(3, 2, 1)
+    channels = config.width
+    for stage, depth in enumerate(config.depths):
+        layer = nn.Sequential()
+        planes = config.width * 2**stage
+        for i in range(depth):
+            stride = 2 if stage > 0 and i == 0 else 1
+            shortcut = None
+            if stride > 1 or channels != planes * block.expansion:
+                shortcut = nn.Sequential(
+                    nn.Conv2d(channels, planes * block.expansion, 1, stride, bias=False),
+                    nn.BatchNorm2d(planes * block.expansion),
+                )
+            layer.append(
+                block(channels, planes, stride, shortcut, config.groups, config.width_per_group)
+            )
+            channels = planes * block.expansion
+        parts[f"layer{stage + 1}"] = layer
+    parts |= {"avgpool": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten()}
+    for conv in nn.ModuleList(parts.values()).modules():
+        if isinstance(conv, nn.Conv2d) and conv.bias is None:
+            kaiming(conv.weight)
+    return nn.Sequential(OrderedDict(parts, fc=nn.Linear(channels, config.num_classes)))
+
+
+def densenet(config: Any) -> nn.Module:
+    channels, growth = config.width, config.growth_rate
+    parts: dict[str, nn.Module] = {
+        "conv0": nn.Conv2d(config.in_channels, channels, *STEMS[config.stem], bias=False),
+        "norm0": nn.BatchNorm2d(channels),
+        "relu0": nn.ReLU(),
+    }
+    if config.stem == "imagenet":
+        parts["pool0"] = nn.MaxPool2d(3, 2, 1)
+    for i, depth in enumerate(config.depths):
+        if i:
+            left = math.floor(config.compression * channels)
+            parts[f"transition{i}"] = _Transition(channels, left)
+            channels = left
+        parts[f"denseblock{i + 1}"] = _DenseBlock(
+            depth, channels, config.bottleneck, growth, drop_rate=0.0
+        )
+        channels += depth * growth
+    parts["norm5"] = nn.BatchNorm2d(channels)
+    for conv in nn.ModuleList(parts.values()).modules():
+        if isinstance(conv, nn.Conv2d):
+            nn.init.kaiming_normal_(conv.weight)
+    return nn.Sequential(
+        OrderedDict(
+            features=nn.Sequential(OrderedDict(parts)),
+            relu=nn.ReLU(),
+            avgpool=nn.AdaptiveAvgPool2d(1),
+            flatten=nn.Flatten(),
+            classifier=begin(nn.Linear(channels, config.num_classes), lambda weight: None),
+        )
+    )
+
+
 def lenet(config: Any) -> nn.Module:
-    activations = {"relu": nn.ReLU, "tanh": nn.Tanh}
     pools = {"max": nn.MaxPool2d, "avg": nn.AvgPool2d}
     channels, features = config.in_channels, nn.Sequential()
     for i, width in enumerate(config.widths):
         padding = config.padding if i == 0 else 0
         features.append(nn.Conv2d(channels, width, config.kernel_size, padding=padding))
-        features.append(activations[config.activation]())
+        features.append(ACTIVATIONS[config.activation]())
         features.append(pools[config.pool](2))
         channels = width
     inputs, classifier = channels * config.left() ** 2, nn.Sequential()
     for outputs in config.hidden:
         classifier.append(nn.Linear(inputs, outputs))
-        classifier.append(activations[config.activation]())
+        classifier.append(ACTIVATIONS[config.activation]())
         inputs = outputs
     classifier.append(nn.Linear(inputs, config.num_classes))
     parts = {"features": features, "flatten": nn.Flatten(), "classifier": classifier}
@@ -151,109 +288,6 @@ def convnext(config: Any) -> nn.Module:
     return module
 
 
-sizes = st.integers(1, 4)
-widths = st.integers(2, 4)
-twice = st.lists(st.integers(1, 2), min_size=2, max_size=2).map(tuple)
-
-
-def options(family: str, **drawn: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
-    """Arguments of ``model_cases.convnet``, without dropout."""
-    return st.fixed_dictionaries({"family": st.just(family), "n": sizes, "m": sizes, **drawn})
-
-
-STILL = st.just(0.0)
-DRAWN: dict[str, st.SearchStrategy[dict[str, Any]]] = {
-    "lenet": options(
-        "lenet",
-        size=st.integers(8, 10),
-        widths=st.tuples(widths, widths),
-        hidden=st.lists(widths, max_size=2).map(tuple),
-        kernel_size=st.just(3),
-        padding=st.sampled_from([1, 2]),
-        activation=st.sampled_from(["relu", "tanh"]),
-        pool=st.sampled_from(["max", "avg"]),
-    ),
-    "alexnet": options(
-        "alexnet",
-        size=st.integers(63, 66),
-        widths=st.tuples(*[widths] * 5),
-        hidden=widths,
-        dropout=STILL,
-    ),
-    "vgg": options(
-        "vgg",
-        size=st.integers(4, 7),
-        depths=twice,
-        widths=st.tuples(widths, widths),
-        batch_norm=st.booleans(),
-        hidden=widths,
-        dropout=STILL,
-    ),
-    "mobilenet_v2": options(
-        "mobilenet_v2",
-        size=st.integers(5, 8),
-        width=widths,
-        width_mult=st.sampled_from([0.5, 1.0, 1.5]),
-        stages=st.lists(
-            st.tuples(st.sampled_from([1, 2]), widths, sizes, st.sampled_from([1, 2])),
-            min_size=1,
-            max_size=2,
-        ).map(tuple),
-        last_width=widths,
-        round_nearest=st.sampled_from([1, 2]),
-        dropout=STILL,
-    ),
-    "mobilenet_v3": options(
-        "mobilenet_v3",
-        size=st.integers(5, 8),
-        width=widths,
-        blocks=st.lists(
-            st.tuples(
-                st.sampled_from([3, 5]),
-                widths,
-                widths,
-                st.booleans(),
-                st.sampled_from(["relu", "hardswish"]),
-                st.sampled_from([1, 2]),
-                st.sampled_from([1, 2]),
-            ),
-            min_size=1,
-            max_size=3,
-        ).map(tuple),
-        hidden=widths,
-        dropout=STILL,
-    ),
-    "efficientnet": options(
-        "efficientnet",
-        size=st.integers(5, 8),
-        width=widths,
-        stages=st.lists(
-            st.tuples(
-                st.sampled_from(["mbconv", "fused"]),
-                st.sampled_from([1, 4]),
-                st.sampled_from([3, 5]),
-                st.sampled_from([1, 2]),
-                st.sampled_from([3, 8]),
-                st.integers(1, 2),
-            ),
-            min_size=1,
-            max_size=2,
-        ).map(tuple),
-        last_width=st.sampled_from([None, 5]),
-        dropout=STILL,
-        stochastic_depth=STILL,
-        momentum=st.sampled_from([0.1, 0.01]),
-        eps=st.sampled_from([1e-5, 1e-3]),
-    ),
-    # Layer norms of two channels are signs: no derivative to compare there.
-    "convnext": options(
-        "convnext",
-        size=st.integers(8, 11),
-        depths=twice,
-        widths=st.tuples(st.integers(3, 5), st.integers(3, 5)),
-        layer_scale=st.sampled_from([1e-6, 0.5]),
-    ),
-}
 SMALL: dict[str, dict[str, Any]] = {
     "lenet": {"size": 8, "widths": (2, 3), "hidden": (4,), "kernel_size": 3, "padding": 1},
     "alexnet": {"size": 63, "widths": (2, 3, 2, 2, 2), "hidden": 3, "dropout": 0.4},

@@ -96,7 +96,6 @@ def checks():
             **options
             | {
                 "skip": [*options.get("skip", ()), *skip],
-                "axes": case.axes | options.get("axes", {}),
             },
         )
         for invariant, check in found.items():
@@ -259,7 +258,7 @@ def test_parameters_that_do_not_fit(case):
     extra = params.clone()
     extra["more", "weight"] = torch.ones(2)
     refused(extra, re.escape("more: unexpected; got weight [2]"))
-    ensemble = members(case)[1][0]
+    ensemble = vmap(case.model.init)(random.split(KEY, 3))
     refused(ensemble, r"params: expected one network, got an ensemble of batch size \[3\].*vmap")
     refused(TensorDict({}), "missing; expected")
     trainable, buffers = tree.partition(params)

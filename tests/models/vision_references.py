@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from hypothesis import strategies as st
 from torch import Tensor, nn
 from torchvision.models import SwinTransformer, VisionTransformer
 from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformerBlockV2
@@ -60,44 +59,6 @@ def swin(config: Any) -> nn.Module:
     return module
 
 
-sizes = st.integers(1, 4)
-positive = st.integers(2, 4)
-
-# Layer norms of two channels are signs: no derivative to compare there.
-VIT = st.builds(
-    lambda patches, patch, heads, per_head, **drawn: (
-        {"family": "vit", "size": patches * patch, "image_size": patches * patch}
-        | {"patch_size": patch, "heads": heads, "width": heads * per_head}
-        | drawn
-    ),
-    patches=st.integers(1, 3),
-    patch=st.integers(1, 3),
-    heads=st.integers(1, 3),
-    per_head=st.integers(3, 4),
-    n=sizes,
-    m=sizes,
-    depth=st.integers(1, 2),
-    mlp_width=st.none() | positive,
-    pool=st.sampled_from(["token", "mean"]),
-    representation_size=st.none() | positive,
-)
-SWIN = st.builds(
-    lambda heads, depths, per_head, patch, patches, **drawn: (
-        {"family": "swin", "size": patch * patches, "patch_size": patch}
-        | {"depths": depths, "heads": heads[: len(depths)], "width": heads[0] * per_head}
-        | drawn
-    ),
-    heads=st.tuples(st.integers(1, 2), st.integers(1, 2)),
-    per_head=st.integers(3, 4),
-    patch=st.integers(1, 2),
-    patches=st.integers(1, 7),
-    n=sizes,
-    m=sizes,
-    depths=st.sampled_from([(1, 1), (2,), (2, 1)]),
-    window=st.integers(2, 4),
-    mlp_ratio=st.sampled_from([0.5, 1.0, 2.5]),
-    version=st.sampled_from([1, 2]),
-)
 SMALL: dict[str, dict[str, Any]] = {
     "vit": {
         "size": 4,

@@ -113,6 +113,23 @@ def test_declared_values():
     assert set(drawn["ends"].tolist()) == {1, 2, 3, 4}
 
 
+def test_a_size_with_a_name_may_be_another():
+    def init(key):
+        return {"w": random.normal(key, (3,))}
+
+    def apply(params, x):
+        if x.shape[1] != 3:
+            raise ValueError(f"x: expected 3 channels, got {list(x.shape)}")
+        return x.sum(2) * params["w"]
+
+    named = testing.floats("batch 3 height=4")
+    assert testing.sample((init, apply), named).inputs[0].shape == (2, 3, 4)
+    options = {"only": ["tells_a_wrong_input"], "checks_shapes": True}
+    testing.check_model((init, apply), named, **options)
+    with pytest.raises(AssertionError, match="axis 2 of input 0"):
+        testing.check_model((init, apply), testing.floats("batch 3 4"), **options)
+
+
 def test_an_invariant_alone():
     testing.repeats_itself(MODEL, X)
     wrong = FAULTS["softmax_over_the_batch"]
@@ -134,8 +151,14 @@ def test_an_invariant_alone():
             ValueError,
             r"does not run on the declared inputs \(.*expected \[\.\.\., 3\], got \[2, 4\]",
         ),
+        (
+            lambda: testing.check_model((lambda key: 1 / 0, MODEL.apply), X),
+            ValueError,
+            r"does not run on the declared inputs \(init\): ZeroDivisionError",
+        ),
         (lambda: testing.sample(MODEL, X, time=3), ValueError, "expected batch, got time"),
         (lambda: testing.floats("batch, 3"), ValueError, "expected names and sizes"),
+        (lambda: testing.floats("batch 3=4"), ValueError, "expected names and sizes"),
         (lambda: testing.floats("batch", 1.0), ValueError, "both bounds or none"),
         (lambda: testing.integers("batch", 0), ValueError, "expected more than 0"),
         (
