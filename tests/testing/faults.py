@@ -72,6 +72,11 @@ def right(init=linear_init, inputs=X, **options):
     return note
 
 
+def number_of(key):
+    """What no vmap can take."""
+    return key.view(torch.int64)[1].item() % 2**31
+
+
 # Purity.
 
 
@@ -590,7 +595,7 @@ def makes_a_number_of_the_key(params, x, train=False, key=None):
     y = two_layers(params, x)
     if not train:
         return y
-    return y * random.uniform(random.key(int(key[1])), y.shape, dtype=y.dtype), TensorDict({})
+    return y * random.uniform(random.key(number_of(key)), y.shape, dtype=y.dtype), TensorDict({})
 
 
 @right(init=norm_init)
@@ -685,7 +690,7 @@ def returns_its_input(params, x):
 
 
 def init_by_a_generator(key):
-    generator = torch.Generator().manual_seed(int(key[1]) % 2**31)
+    generator = torch.Generator().manual_seed(number_of(key))
     return TensorDict({"w": torch.randn(3, 2, generator=generator)})
 
 
