@@ -164,6 +164,10 @@ class Invariant:
             {name: st.integers(low, high) for name, (low, high) in subject.axes.items()}
         )
         test = hypothesis.given(sizes, numbers, st.sampled_from(self.values))(attempt)
+        if len(self.values) > 1:  # each kind at least once, in the smallest case
+            least = {name: low for name, (low, _) in subject.axes.items()}
+            for kind in self.values:
+                test = hypothesis.example(least, seed % 1000, kind)(test)
         test = hypothesis.seed(seed)(test)
         test = hypothesis.settings(
             max_examples=examples,
@@ -174,7 +178,11 @@ class Invariant:
             report_multiple_bugs=False,
             verbosity=hypothesis.Verbosity.quiet,
             suppress_health_check=list(hypothesis.HealthCheck),
-            phases=(hypothesis.Phase.generate, hypothesis.Phase.shrink),
+            phases=(
+                hypothesis.Phase.explicit,
+                hypothesis.Phase.generate,
+                hypothesis.Phase.shrink,
+            ),
         )(test)
         try:
             test()
