@@ -58,34 +58,13 @@ def loss_of(case):
     return loss
 
 
-# What a model is not meant to have, and why.
-OPTIONS: dict[str, dict] = {
-    # A gate that is trained as though it were soft, and a path that some batches never take.
-    "gated": {
-        "skip": ["gradients_match_finite_differences", "hessian_products_are_right"],
-        "axes": {"batch": 8},
-    },
-    "gated_gumbel": {
-        "skip": ["gradients_match_finite_differences", "hessian_products_are_right"],
-        "axes": {"batch": 8},
-    },
-    # In training all exits answer.
-    "early_exit": {"skip": ["returns_what_is_declared"]},
-    # As in torch, the row that stands for nothing is read and not trained.
-    "embedding_padding": {
-        "skip": ["gradients_match_finite_differences", "hessian_products_are_right"]
-    },
-    "mobilenet_v3": {"momentum": 0.01},
-    # The input of a later encoder is looked at when the earlier ones have run.
-    "multimodal_shared": {"skip": ["tells_a_wrong_input"]},
-    "multimodal_attention": {"skip": ["tells_a_wrong_input"]},
-}
+# Samples enough that a path which some of them do not take is taken by others.
+AXES = {"gated": {"batch": 8}, "gated_gumbel": {"batch": 8}}
 THOROUGH = settings.default.max_examples > 10
 
 
 def checks():
     for name, case in CASES.items():
-        options = OPTIONS.get(name, {})
         skip = [] if name in EVERY_WAY else ["compiled_equals_eager"]  # which takes seconds
         found = testing.properties(
             case.model,
@@ -93,10 +72,8 @@ def checks():
             also=["shares_no_memory"],
             draws=case.draws,
             examples=10 if THOROUGH else 2,
-            **options
-            | {
-                "skip": [*options.get("skip", ()), *skip],
-            },
+            axes=AXES.get(name),
+            skip=skip,
         )
         for invariant, check in found.items():
             yield pytest.param(check, id=f"{name}-{invariant}")
@@ -105,6 +82,14 @@ def checks():
 @pytest.mark.parametrize("check", checks())
 def test_property(check):
     check()
+
+
+def test_the_properties_see_the_mode_of_training():
+    """Which the checks of signatures would hide."""
+    for case in CASES.values():
+        subject = testing.Subject(case.model, case.declared)
+        assert subject.trains
+        assert subject.keyed
 
 
 def test_every_family_is_tested():
@@ -215,6 +200,7 @@ def test_plain_torch_compile_forward_and_backward(name):
 @every_model
 def test_an_ensemble_saved_and_loaded(case, tmp_path):
     params, inputs = vmap(case.model.init)(random.split(KEY, 3)), case.inputs(KEY, torch.float32)
+    assert params.batch_size == (3,)
     save(tmp_path / "params", params, case.model)
     model, loaded = load(tmp_path / "params")
     assert (model.family, model.config) == (case.model.family, case.model.config)
