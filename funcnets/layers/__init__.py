@@ -75,6 +75,7 @@ from funcnets.layers.norm import (
     init_rms_norm,
     instance_norm,
     layer_norm,
+    normalize,
     rms_norm,
 )
 from funcnets.layers.pooling import (
@@ -212,6 +213,7 @@ __all__ = [
     "max_pool3d",
     "memory_attention",
     "mixture",
+    "normalize",
     "quick_gelu",
     "relative_bias",
     "relative_bucket",

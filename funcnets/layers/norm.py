@@ -317,6 +317,21 @@ def rms_norm(
     return F.rms_norm(x, size, weight, eps)
 
 
+def normalize(x: Float[Tensor, "*shape"], *, eps: float = 1e-12) -> Float[Tensor, "*shape"]:
+    """Divides by the Euclidean length of the last axis, at least ``eps``.
+
+    As ``torch.nn.functional.normalize``, whose second derivatives are not finite where all
+    features are zero; these are.
+
+    >>> normalize(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
+    tensor([[0.6000, 0.8000],
+            [0.0000, 0.0000]])
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))  # where a square may be large
+    square = reduce(wide.square(), "... features -> ... 1", "sum")
+    return (wide / square.clamp(min=eps**2).sqrt()).to(x.dtype)
+
+
 def init_group_norm(
     key: Key,
     num_channels: int,

@@ -14,6 +14,7 @@ from einops import einsum, rearrange, reduce
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
+from funcnets.layers.norm import normalize
 from funcnets.tree.flatten import describe
 
 
@@ -330,9 +331,7 @@ def _root(square: Tensor) -> Tensor:
 
 
 def _cosines(x: Tensor, y: Tensor) -> Tensor:
-    return einsum(
-        F.normalize(x, dim=-1), F.normalize(y, dim=-1), "rows f, columns f -> rows columns"
-    )
+    return einsum(normalize(x), normalize(y), "rows f, columns f -> rows columns")
 
 
 def _check_rows(name: str, **embeddings: Tensor) -> None:

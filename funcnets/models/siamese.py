@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch.nn.functional as F
 from tensordict import TensorDict
 
 from funcnets import random, tree
-from funcnets.layers import finish
+from funcnets.layers import finish, normalize
 from funcnets.model import Model, bind
 from funcnets.taps import Taps, TapsLike
 
@@ -81,7 +80,7 @@ def forward(
         tapped = Taps("siamese", taps)
         y, buffers = tapped.run("encoder", config.encoder, shared, x, train=train, key=own_key)
         if config.normalize:
-            y = F.normalize(y, dim=-1)
+            y = normalize(y)
         y = tapped.finish(y, {}, train=False)
         if taps:
             y, places = y

@@ -27,6 +27,7 @@ from funcnets.layers import (
     initializers,
     layer_norm,
     linear,
+    normalize,
 )
 from funcnets.layers.dropout import dropout_if
 from funcnets.model import Model, bind
@@ -459,7 +460,7 @@ def window_attention(
         scores = (queries * queries.shape[-1] ** -0.5) @ keys.mT
     else:
         scale = params["logit_scale"].clamp(max=math.log(100)).exp()
-        scores = F.normalize(queries, dim=-1) @ F.normalize(keys, dim=-1).mT * scale
+        scores = normalize(queries) @ normalize(keys).mT * scale
     bias = relative_bias(params, size, index, version)
     if mask is None:
         scores = scores + bias

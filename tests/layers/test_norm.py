@@ -1,10 +1,11 @@
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from tensordict import TensorDict
 from torch import nn
-from torch.func import grad, vmap
+from torch.func import grad, vjp, vmap
 
 from funcnets import layers, random
 
@@ -208,3 +209,31 @@ def test_errors():
         layers.rms_norm(TensorDict({}), torch.zeros(3))
     with pytest.raises(ValueError, match=r"normalized_shape: expected \[3\] \(as weight\), got"):
         layers.layer_norm(layers.init_layer_norm(KEY, 3), torch.zeros(3), normalized_shape=2)
+
+
+@given(
+    key=keys,
+    shape=st.lists(st.integers(1, 4), min_size=1, max_size=3),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
+)
+def test_normalize_is_torchs(key, shape, dtype):
+    x = random.normal(key, shape, dtype=torch.float64).to(dtype)
+    x[..., :1] *= 300  # whose square float16 does not hold
+    expected = F.normalize(x.double(), dim=-1)
+    tolerance = {} if dtype != torch.float64 else {"rtol": 1e-12, "atol": 1e-12}
+    torch.testing.assert_close(layers.normalize(x), expected.to(dtype), **tolerance)
+    if dtype == torch.float64:
+        cotangent = random.normal(random.fold_in(key, 1), shape, dtype=dtype)
+        ours, torchs = (
+            vjp(f, x)[1](cotangent)[0] for f in (layers.normalize, lambda x: F.normalize(x, dim=-1))
+        )
+        torch.testing.assert_close(ours, torchs, rtol=1e-9, atol=1e-12)
+
+
+def test_normalize_of_zeros_has_finite_derivatives():
+    x = torch.zeros(2, 3, dtype=torch.float64)
+    assert torch.equal(layers.normalize(x), x)
+    of_one = lambda x: layers.normalize(x).sum()  # noqa: E731
+    assert torch.equal(grad(of_one)(x), torch.full_like(x, 1e12))
+    second = grad(lambda x: grad(of_one)(x).sum())(x)
+    assert torch.equal(second, torch.zeros_like(x))
