@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from funcnets.testing.declared import floats  # noqa: F401 - for the examples
 from funcnets.testing.engine import EXAMPLES, Invariant
 from funcnets.testing.invariants import INVARIANTS
 from funcnets.testing.subject import Sample, Subject, Violation
@@ -83,6 +82,7 @@ def check_model(
         ValueError: for an unknown name, or where the model does not run on the declared inputs.
 
     >>> from funcnets import models
+    >>> from funcnets.testing import floats
     >>> report = check_model(models.mlp(3, 2), floats("batch 3"), only=["repeats_itself"])
     >>> [result.name for result in report.of("held")]
     ['repeats_itself']
@@ -188,6 +188,7 @@ def sample(
         named: sizes of named axes, and options as for `check_model`.
 
     >>> from funcnets import models
+    >>> from funcnets.testing import floats
     >>> sample(models.mlp(3, 2), floats("batch 3"), batch=2).inputs[0].shape
     torch.Size([2, 3])
     """

@@ -15,6 +15,7 @@ from torch.func import functional_call
 
 from funcnets import random, tree
 from funcnets.testing.declared import axes_of, declare, draw
+from funcnets.testing.designed import momenta, not_meant
 from funcnets.tree.flatten import Path
 from funcnets.tree.select import BUFFERS, Where
 
@@ -55,7 +56,8 @@ class Subject:
             parameters and inputs, that the model equals.
         shared: how often the forward function reads a subtree, by its path.
         symmetries: `Symmetry` by name.
-        momentum: of running statistics.
+        momentum: of running statistics; by default that of torch.nn, 0.1, and of the families of
+            funcnets their own.
         checks_shapes: whether the model says by itself which parameter has a wrong shape; by
             default this is expected of the families of funcnets.
     """
@@ -74,7 +76,7 @@ class Subject:
         reference: Any = None,
         shared: Mapping[str, int] | None = None,
         symmetries: Mapping[str, Any] | None = None,
-        momentum: float = 0.1,
+        momentum: float | None = None,
         checks_shapes: bool | None = None,
     ) -> None:
         self.model = model
@@ -86,7 +88,9 @@ class Subject:
         self.outputs = outputs
         self.axes = axes_of((self.inputs, outputs), axes or {})
         self.trainable = tree.matcher(trainable)
-        self.perturb, self.momentum = perturb, momentum
+        self.perturb = perturb
+        self.momenta = momenta(model) if momentum is None else (momentum,)
+        self.not_meant = not_meant(model)
         self.reference, self.shared = reference, dict(shared or {})
         self.symmetries = dict(symmetries or {})
         family = getattr(model, "family", None)

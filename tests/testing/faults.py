@@ -14,7 +14,7 @@ from tensordict import TensorDict
 from torch import nn
 
 import funcnets
-from funcnets import layers, random
+from funcnets import _torch, layers, random
 from funcnets.testing import (
     booleans,
     causal,
@@ -93,6 +93,12 @@ def writes_to_its_input(params, x):
 
 
 @fault("leaves_its_arguments_as_they_were")
+def puts_another_tensor_in_the_tree(params, x):
+    params["out", "bias"] = params["out", "bias"] + 0.0
+    return two_layers(params, x)
+
+
+@fault("leaves_its_arguments_as_they_were")
 def adds_a_name_to_the_tree(params, x):
     params["cache"] = x.mean()
     return two_layers(params, x)
@@ -145,6 +151,11 @@ def dropped(params, x, train, key, rate=0.5, scaled=True):
 @fault("draws_by_the_key", draws=True)
 def draws_the_same_for_every_key(params, x, train=False, key=None):
     return dropped(params, x, train, random.key(0))
+
+
+@fault("draws_by_the_key", draws=False)
+def draws_though_it_should_not(params, x, train=False, key=None):
+    return dropped(params, x, train, random.key(0) if key is None else key)
 
 
 @fault("inference_ignores_the_key")
@@ -536,6 +547,35 @@ def a_product_with_lopsided_derivatives(params, x):
     return LopsidedProduct.apply(h[:, :2], h[:, 2:4])
 
 
+class SquareOfOneDerivative(torch.autograd.Function):
+    generate_vmap_rule = False
+
+    @staticmethod
+    def forward(x):
+        return x.square()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        return 2 * x.detach() * g
+
+    @staticmethod
+    def jvp(ctx, t):
+        (x,) = ctx.saved_tensors
+        return 2 * x * t
+
+
+@fault("hessian_products_are_right")
+def cuts_off_its_second_derivative(params, x):
+    h = SquareOfOneDerivative.apply(layers.linear(params["hidden"], x))
+    return layers.linear(params["out"], h)
+
+
 # Sharing.
 
 
@@ -620,6 +660,14 @@ def cannot_take_one_sample_under_vmap(params, x):
 def leaves_torch_for_numpy(params, x):
     scale = float(params["out", "bias"].detach().numpy().sum())
     return two_layers(params, x) * scale
+
+
+@fault("compiled_equals_eager", init=norm_init)
+def another_momentum_where_it_is_compiled(params, x, train=False, key=None):
+    def halved(new, old):
+        return TensorDict({name: new[name] / 2 for name in ("running_mean", "running_var")})
+
+    return normed(params, x, train, *([halved] if _torch.tracing() else []))
 
 
 # Precision and places.

@@ -57,7 +57,7 @@ def test_all_names_are_told_with_why():
     reasons = {result.name: result.reason for result in report.of("skipped")}
     assert reasons["repeats_itself"] == "asked for"
     assert reasons["shares_no_memory"] == "optional (also=)"
-    assert reasons["draws_by_the_key"] == "the model draws nothing"
+    assert reasons["draws_by_the_key"] == "the model takes no key"
     assert reasons["has_its_symmetries"] == "nothing is given for it (symmetries=)"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import pkgutil
@@ -42,6 +43,48 @@ def test_a_drawn_model_is_checked_as_it_comes(family, data):
     assert model.family == family
     report = testing.check_model(model, inputs, only=CHEAP, examples=1)
     assert {result.name for result in report.of("held")} >= {*CHEAP[:2], "keeps_the_dtype"}
+
+
+@every_family
+def test_no_false_alarm(family, pytestconfig):
+    """All invariants, of drawn models over 20 seeds: minutes, so by --full alone."""
+    if not pytestconfig.getoption("--full"):
+        pytest.skip("--full")
+    found = []
+
+    @settings(max_examples=20, database=None, phases=[Phase.generate])
+    @given(drawn=own.models(family))
+    def run(drawn):
+        checks = testing.properties(*drawn, also=["shares_no_memory"], seed=len(found))
+        for check in checks.values():
+            with contextlib.suppress(pytest.skip.Exception):
+                check()
+        found.append(drawn)
+
+    run()
+    assert len(found) >= 10
+
+
+def test_what_is_not_meant_is_not_tried():
+    inner = models.early_exit([models.mlp(2, 3)], [models.mlp(3, 2)], 0.5)
+    report = testing.check_model(
+        models.siamese(inner), testing.floats("batch 2"), only=["returns_what_is_declared"]
+    )
+    assert [result.reason for result in report.results] == [
+        "not meant to hold: in training all exits answer"
+    ]
+    with pytest.raises(ValueError, match="does not apply: not meant to hold"):
+        testing.returns_what_is_declared(inner, testing.floats("batch 2"))
+
+
+def test_momenta_come_from_the_configurations():
+    own = models.efficientnet([("mbconv", 1, 3, 1, 3, 1)], 2, in_channels=1, width=2, momentum=0.3)
+    plain = models.mlp(3, 2, (4,), norm="batch")
+    both = models.multimodal({"own": own, "plain": plain}, {"out": 1})
+    inputs = {"own": testing.floats("batch 1 5 5"), "plain": testing.floats("batch 3")}
+    testing.buffers_follow_their_rule(both, inputs)
+    with pytest.raises(AssertionError, match=r"encoders\.plain.*what is left of a change"):
+        testing.buffers_follow_their_rule(both, inputs, momentum=0.3)
 
 
 @every_family

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.func import grad, jvp, vjp
 
+from funcnets import tree
 from funcnets.testing.engine import Try, invariant
 from funcnets.testing.invariants.places import (
     DIFFERENCES,
@@ -35,9 +36,13 @@ def jvp_and_vjp_agree(trial: Try) -> None:
         raise Violation("jvp", f"{reverse.item():.8g}, as vjp", f"{forward.item():.8g}")
 
 
+def _named(at: At) -> dict[str, Tensor]:
+    return {tree.join(path): x for path, x in at.items()}
+
+
 @invariant(examples=5)
 def hessian_products_are_right(trial: Try) -> None:
-    """Hessian-vector products are symmetric, and what differences of gradients say."""
+    """Hessian-vector products are symmetric, the same in both modes, and as differences say."""
     at, outputs = in_training(trial)
 
     def loss(at: At) -> Tensor:
@@ -48,6 +53,8 @@ def hessian_products_are_right(trial: Try) -> None:
     one, other = dot(first, ways[1]), dot(second, ways[0])
     if not abs(one - other) <= trial.tolerance * (1 + size(first, ways[1])):
         raise Violation("hessian", f"{other.item():.8g}", f"{one.item():.8g}", "symmetry")
+    reverse = grad(lambda at: dot(grad(loss)(at), ways[0]))(at)
+    trial.close(_named(reverse), _named(first), "reverse over reverse mode", factor=100)
     found = closest_difference(
         lambda h: dot(grad(loss)({path: x + h * ways[0][path] for path, x in at.items()}), ways[1]),
         one.item(),

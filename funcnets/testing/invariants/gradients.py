@@ -74,7 +74,7 @@ def gradients_match_finite_differences(trial: Try) -> None:
         raise Violation("gradient", f"{found:.8g}, by differences", f"{slope:.8g}")
 
 
-@invariant(needs="shared", tolerance=(1e-9, 1e-4))
+@invariant(needs="shared", tolerance=(1e-10, 1e-4))
 def shared_gradients_add_up(trial: Try) -> None:
     """A shared subtree is read as often as said; its gradient is the sum over these uses."""
     subject, (params, inputs, key) = trial.subject, trial.parts

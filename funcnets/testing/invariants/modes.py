@@ -65,24 +65,36 @@ def buffers_follow_their_rule(trial: Try) -> None:
     used = {}
     for path, leaf in tree.leaves_with_path(shifted):
         if path in held:
-            left = (leaf - held[path]).mean().clamp(min=1e-9)
-            used[path] = max(1, round(math.log(left) / math.log(1 - subject.momentum)))
-            kept = torch.full_like(leaf, (1 - subject.momentum) ** used[path])
+            left = (leaf - held[path]).mean().clamp(min=1e-9).item()
+            momentum, uses = used[path] = _uses(left, subject.momenta)
+            kept = torch.full_like(leaf, (1 - momentum) ** uses)
             name = tree.join(path)
             trial.close({name: leaf - held[path]}, {name: kept}, "what is left of a change of one")
     if subject.batched and not subject.draws:
-        _counts(trial, old, {path: leaf for path, leaf in held.items() if used[path] == 1})
+        once = {path: momentum for path, (momentum, uses) in used.items() if uses == 1}
+        _counts(trial, old, {path: held[path] for path in once}, once)
 
 
-def _counts(trial: Try, old: dict[Path, Tensor], new: dict[Path, Tensor]) -> None:
+def _uses(left: float, momenta: tuple[float, ...]) -> tuple[float, int]:
+    """The momentum, and how often a norm was used with it, that leave the most like ``left``."""
+    found = [(m, max(1, round(math.log(left) / math.log(1 - m)))) for m in momenta if 0 < m < 1]
+    off = lambda each: abs((1 - each[0]) ** each[1] - left)  # noqa: E731
+    return min(found, key=off, default=(momenta[0], 1))
+
+
+def _counts(
+    trial: Try, old: dict[Path, Tensor], new: dict[Path, Tensor], momenta: dict[Path, float]
+) -> None:
     subject, (params, inputs, key) = trial.subject, trial.parts
     twice = along_batch(subject, lambda x, axis: torch.cat([x, x], axis), inputs)
     again = dict(tree.leaves_with_path(subject.train(params, twice, key)[1]))
-    batch, momentum = trial.sample.sizes["batch"], subject.momentum
+    batch = trial.sample.sizes["batch"]
     for path, leaf in new.items():
-        name = tree.join(path)
+        name, momentum = tree.join(path), momenta[path]
         if path[-1] == "running_mean":
             trial.close({name: again[path]}, {name: leaf}, "for every sample twice")
+            continue
+        if not momentum:  # nothing of the batch is kept
             continue
         of_batch, of_both = (
             (x - (1 - momentum) * old[path]) / momentum for x in (leaf, again[path])

@@ -49,7 +49,7 @@ def direction(trial: Try, number: int, like: At) -> At:
 
 
 # How far a slope by differences may be off, in units of the sum of all its parts.
-DIFFERENCES = {torch.float64: 1e-5, torch.float32: 3e-2}
+DIFFERENCES = {torch.float64: 1e-6, torch.float32: 3e-2}
 
 
 def closest_difference(f: Callable[[float], Tensor], slope: float, at: At) -> float:

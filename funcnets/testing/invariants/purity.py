@@ -20,21 +20,25 @@ from funcnets.testing.subject import Subject, Violation
 def leaves_its_arguments_as_they_were(trial: Try) -> None:
     """Parameters, inputs and key are the same after a call and after a gradient as before."""
     subject, arguments = trial.subject, trial.parts
+    named = dict(zip(NAMES, arguments, strict=True))
+    structure = tree.flatten(named)[1]
     before = [
         (path, leaf, leaf._version, leaf.clone())
-        for path, leaf in tree.leaves_with_path(dict(zip(NAMES, arguments, strict=True)))
+        for path, leaf in tree.leaves_with_path(named)
         if isinstance(leaf, Tensor)
     ]
-    names = [path for path, _ in tree.leaves_with_path(arguments)]
 
     def check(meaning: str) -> None:
+        if tree.flatten(named)[1] != structure:
+            raise Violation("arguments", "the names they had", "others", meaning)
+        now = dict(tree.leaves_with_path(named))
         for path, leaf, version, value in before:
+            if now[path] is not leaf:
+                raise Violation(tree.join(path), "the tensor it was", "another one", meaning)
             if not torch.equal(leaf.nan_to_num(), value.nan_to_num()):
                 raise Violation(tree.join(path), "the value it had", "another", meaning)
             if leaf._version != version:
                 raise Violation(tree.join(path), "no write to it", "a write in place", meaning)
-        if [path for path, _ in tree.leaves_with_path(arguments)] != names:
-            raise Violation("arguments", "the names they had", "others", meaning)
 
     params, inputs, key = arguments
     subject.infer(params, inputs, key)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,6 @@ import funcnets
 from funcnets import random, tree
 from funcnets.testing.declared import Declared
 from funcnets.testing.engine import Try, invariant
-from funcnets.testing.invariants.purity import differentiate
 from funcnets.testing.subject import Subject
 
 MEMBERS = 2
@@ -45,15 +45,7 @@ def an_ensemble_trains_as_its_members(trial: Try) -> None:
     """`vmap` of the gradient and new buffers, over parameters, inputs and keys, equals the loop."""
     subject, singles = trial.subject, _members(trial)
 
-    def step(params: Any, inputs: Any, key: Any) -> Any:
-        held, rebuild = subject.points(params)
-
-        def loss(held: Any) -> tuple[Tensor, Any]:
-            outputs, buffers = subject.train(rebuild(held), inputs, key)
-            return subject.loss(outputs), (outputs, buffers)
-
-        return grad(loss, has_aux=True)(held)
-
+    step = functools.partial(_train, subject)
     gradients, (outputs, buffers) = vmap(step)(*_stacked(singles))
     for i, single in enumerate(singles):
         expected, (outputs_alone, buffers_alone) = step(*single)
@@ -102,14 +94,15 @@ def compiled_equals_eager(trial: Try) -> None:
     trial.close(infer(params, inputs, key), subject.infer(params, inputs, key), "inference")
 
     def step(params: Any, inputs: Any, key: Any) -> Any:
-        return _named(differentiate(subject, params, inputs, key))
+        gradient, aux = _train(subject, params, inputs, key)
+        return _named(gradient), aux
 
     compiled = funcnets.compile(step, backend="aot_eager")
-    trial.close(compiled(params, inputs, key), step(params, inputs, key), "gradient")
+    trial.close(compiled(params, inputs, key), step(params, inputs, key), "training")
     # Other values, another key: none of them has become a constant.
     other = subject.sample(trial.sample.seed + 1, sizes=trial.sample.sizes)
     parts = other.params, other.inputs, other.key
-    trial.close(compiled(*parts), step(*parts), "gradient of another call")
+    trial.close(compiled(*parts), step(*parts), "training, another call")
 
 
 def along_batch(subject: Subject, f: Callable[..., Tensor], inputs: Any, *rest: Any) -> Any:
@@ -119,6 +112,17 @@ def along_batch(subject: Subject, f: Callable[..., Tensor], inputs: Any, *rest: 
         return f(x, declared.axes.index("batch"), *others) if "batch" in declared.axes else x
 
     return tree.map(one, inputs, subject.inputs, *rest)
+
+
+def _train(subject: Subject, params: Any, inputs: Any, key: Any) -> Any:
+    """The gradient of a training step by path, and the outputs with the new buffers."""
+    held, rebuild = subject.points(params)
+
+    def loss(held: Any) -> tuple[Tensor, Any]:
+        outputs, buffers = subject.train(rebuild(held), inputs, key)
+        return subject.loss(outputs), (outputs, buffers)
+
+    return grad(loss, has_aux=True)(held)
 
 
 def _members(trial: Try) -> list[tuple[Any, Any, Any]]:
