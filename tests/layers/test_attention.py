@@ -1,6 +1,5 @@
 import math
 import re
-import warnings
 
 import pytest
 import torch
@@ -9,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensordict import TensorDict
 from torch import nn
-from torch.func import grad, grad_and_value, hessian, jacrev, jvp, vjp, vmap
+from torch.func import grad, hessian, jvp, vjp, vmap
 
 import funcnets
 from funcnets import _torch, layers, random, tree
@@ -138,10 +137,14 @@ def test_initial_values_are_distributed_as_torchs():
         assert set(state) == set(ours.keys())
         for name, expected in state.items():
             assert ours[name].shape == expected.shape
-            torch.testing.assert_close(ours[name].std(), expected.std(), rtol=0.05, atol=0.01)
-            # Those of a normal distribution have no bound.
-            bounds = [0.5 if "bias_" in name else x.abs().max() for x in (ours[name], expected)]
-            torch.testing.assert_close(*bounds, rtol=0.05, atol=0)
+            few = name.startswith("bias_")  # which are 120 normal values, without a bound
+            torch.testing.assert_close(
+                ours[name].std(), expected.std(), rtol=0.4 if few else 0.05, atol=0.01
+            )
+            if not few:
+                torch.testing.assert_close(
+                    ours[name].abs().max(), expected.abs().max(), rtol=0.05, atol=0
+                )
 
 
 def test_added_keys_are_seen_by_all_and_stand_behind_the_others():
@@ -166,14 +169,14 @@ def test_added_keys_are_seen_by_all_and_stand_behind_the_others():
 
 
 @st.composite
-def problems(draw, dtype=DTYPE, dropout=False):
+def problems(draw, dtype=DTYPE):
     """Queries, keys, values of any number of batch axes, and options of every kind."""
     key = draw(keys)
     batch = draw(st.lists(st.integers(1, 2), max_size=2).map(tuple))
     groups, shared = draw(st.integers(1, 2)), draw(st.integers(1, 3))
     heads, queries, places = groups * shared, draw(sizes), draw(sizes)
     width, value_width = draw(sizes), draw(sizes)
-    ks = random.split(key, 7)
+    ks = random.split(key, 6)
     q = normal(ks[0], *batch, heads, queries, width, dtype=dtype)
     k = normal(ks[1], *batch, groups, places, width, dtype=dtype)
     v = normal(ks[2], *batch, groups, places, value_width, dtype=dtype)
@@ -193,8 +196,6 @@ def problems(draw, dtype=DTYPE, dropout=False):
             options["bias"] = torch.where(cut, -math.inf, options["bias"])
     if draw(yes_no):
         options["scale"] = 0.7
-    if dropout and draw(yes_no):
-        options |= {"dropout": draw(st.sampled_from([0.0, 0.4, 1.0])), "key": ks[6]}
     return (q, k, v), options
 
 
@@ -258,66 +259,6 @@ def test_fused_and_plain_have_the_same_gradients(problem):
     assert all(gradient.isfinite().all() for gradient in fused)
     tracked = [x.clone().requires_grad_() for x in inputs]
     close(torch.autograd.grad(apply(*tracked, True), tracked, cotangent), fused)
-
-
-@settings(max_examples=15)
-@given(problem=problems(dropout=True), key=keys)
-def test_transforms(problem, key):
-    (q, k, v), options = problem
-
-    def apply(q, k, v):
-        return scaled_dot_product_attention(q, k, v, **options)
-
-    members = [
-        tuple(normal(random.fold_in(one, i), *x.shape) for i, x in enumerate((q, k, v)))
-        for one in random.split(key, 3)
-    ]
-    stacked = tuple(torch.stack(parts) for parts in zip(*members, strict=True))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # of a loop in place of a vmap
-        together = vmap(apply)(*stacked)
-    close(together, torch.stack([apply(*member) for member in members]))
-    weigh = normal(key, *together.shape[1:])
-
-    def loss(inputs):
-        return (weigh * apply(*inputs).sin()).sum()
-
-    gradients = [grad(loss)(member) for member in members]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        together = vmap(grad(loss))(stacked)
-    close(together, tuple(torch.stack(parts) for parts in zip(*gradients, strict=True)))
-    point, direction = members[0], members[1]
-    _, tangent = jvp(loss, (point,), (direction,))
-
-    def slope(inputs):
-        return sum((a * b).sum() for a, b in zip(grad(loss)(inputs), direction, strict=True))
-
-    close(tangent, slope(point))
-    close(jvp(grad(loss), (point,), (direction,))[1], grad(slope)(point), 1e-7)
-
-
-@given(key=keys, causal=yes_no)
-def test_hessian(key, causal):
-    params = some_params(key, 2, 1)
-    x = normal(key, 3, 2)
-
-    def loss(x):
-        return attention(params, x, heads=1, causal=causal).sin().sum()
-
-    h = hessian(loss)(x).reshape(6, 6)
-    close(h, h.T)
-    close(h, jacrev(jacrev(loss))(x).reshape(6, 6), 1e-8)
-    tracked = x.clone().requires_grad_()
-    first = torch.autograd.grad(
-        attention(params, tracked, heads=1, causal=causal, fused=False).sin().sum(),
-        tracked,
-        create_graph=True,
-    )[0]
-    second = torch.stack(
-        [torch.autograd.grad(one, tracked, retain_graph=True)[0] for one in first.flatten()]
-    )
-    close(h, second.reshape(6, 6))
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -614,56 +555,6 @@ def test_the_fused_kernel_serves_where_it_can(monkeypatch):
         run(x)
         assert not called
     assert _torch.first_order()
-
-
-def test_compiled_equals_eager():
-    params, x = some_params(KEY, 4, 2, key_value_heads=1), normal(KEY, 2, 3, 4)
-    padding = torch.tensor([[True, True, False], [False] * 3])
-
-    def step(params, x):
-        def loss(params, x):
-            turn = layers.rotary_positions(3, 2, dtype=DTYPE)
-            y = attention(params, x, heads=2, causal=True, positions=turn, normalize=True)
-            y = attention(params, y, heads=2, padding=padding, dropout=0.2, key=KEY)
-            y = attention(params, y, heads=2, window=2)
-            return y.sin().sum(), y
-
-        return grad(loss, (0, 1), has_aux=True)(params, x)
-
-    def plain(params, x):
-        return attention(params, x, heads=2, causal=True).sin().sum()
-
-    def members(params, x):
-        return vmap(grad(plain), (0, None))(params, x)
-
-    def curvature(params, x):
-        return jvp(lambda x: grad(plain)(params, x), (x,), (x,))
-
-    stacked = tree.stack([params, some_params(random.key(1), 4, 2, key_value_heads=1)])
-    for f, tree_of in ((step, params), (members, stacked), (curvature, params)):
-        close(funcnets.compile(f, backend="aot_eager")(tree_of, x), f(tree_of, x))
-
-
-@pytest.mark.dynamo
-def test_plain_torch_compile_of_attention():
-    params, x = some_params(KEY, 8, 2, key_value_heads=1), normal(KEY, 2, 3, 8)
-    memory = normal(KEY, 2, 4, 8)
-    padding = torch.tensor([[True] * 4, [True, False, True, False]])
-
-    def step(params, x):
-        def loss(params, x):
-            turn = layers.rotary_positions(3, 4, dtype=DTYPE)
-            outputs = attention(params, x, heads=2, causal=True, positions=turn)
-            outputs = attention(
-                params, outputs, memory, heads=2, padding=padding, dropout=0.1, key=KEY
-            )
-            return attention(params, outputs, heads=2, window=2, normalize=True).sin().sum()
-
-        return grad_and_value(loss, (0, 1))(params, x)
-
-    torch._dynamo.reset()
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    close(compiled(params, x), step(params, x))
 
 
 def test_attention_under_autocast():

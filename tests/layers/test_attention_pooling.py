@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.func import grad, jvp, vmap
+from torch.func import grad, jvp
 
 from funcnets import layers, random, tree
 
@@ -57,13 +57,6 @@ def test_padding_changes_nothing(key):
     direction = tree.map(torch.cos, (params, x))
     _, forward = jvp(grad(lambda a: loss(*a)), ((params, x),), (direction,))
     assert all(leaf.isfinite().all() for leaf in tree.leaves(forward))
-
-
-def test_vmap_equals_the_loop():
-    members = [layers.init_attention_pooling(key, 3) for key in random.split(random.key(0), 2)]
-    x = random.normal(random.key(1), (4, 5, 3))
-    together = vmap(layers.attention_pooling, (0, None))(tree.stack(members), x)
-    close(together, torch.stack([layers.attention_pooling(one, x) for one in members]), 1e-6)
 
 
 def test_errors(unchecked):

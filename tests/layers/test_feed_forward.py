@@ -6,9 +6,8 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
-from torch.func import grad, jvp, vjp, vmap
+from torch.func import vjp
 
-import funcnets
 from funcnets import layers, random, tree
 
 KEY = random.key(0)
@@ -60,36 +59,6 @@ def test_feed_forward_equals_its_modules(activation, data, key, bias):
     expected.backward(cotangent)
     for name, gradient in pull(cotangent)[0].flatten_keys(".").items():
         close(gradient, module.get_parameter(name).grad)
-
-
-@every
-def test_feed_forward_under_transforms(activation):
-    members = [
-        layers.init_feed_forward(one, 3, 4, activation=activation, dtype=DTYPE)
-        for one in random.split(KEY, 2)
-    ]
-    x = random.normal(KEY, (5, 3), dtype=DTYPE)
-
-    def loss(params, x):
-        return layers.feed_forward(params, x, activation=activation).sin().sum()
-
-    gradients = vmap(grad(loss), (0, None))(tree.stack(members), x)
-    for i, member in enumerate(members):
-        close(
-            tree.map(lambda leaf, i=i: leaf[i], gradients).to_dict(),
-            grad(loss)(member, x).to_dict(),
-        )
-    point = members[0]
-    _, forward = jvp(lambda p: grad(loss)(p, x), (point,), (members[1],))
-
-    def slope(p):
-        return sum(
-            (a * b).sum()
-            for a, b in zip(tree.leaves(grad(loss)(p, x)), tree.leaves(members[1]), strict=True)
-        )
-
-    close(forward, grad(slope)(point))
-    close(funcnets.compile(grad(loss), backend="aot_eager")(point, x), grad(loss)(point, x))
 
 
 def test_dropout_after_the_activation():

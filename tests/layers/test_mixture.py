@@ -5,9 +5,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.func import grad, grad_and_value, jvp, vmap
+from torch.func import grad, vmap
 
-import funcnets
 from funcnets import layers, random, tree
 from funcnets.layers import Routing, mixture
 
@@ -86,32 +85,6 @@ def test_routed_and_dense_equal_the_sum_by_hand(problem):
         close(grad(loss, (0, 1))(params, x, dense=dense), gradient)
 
 
-@given(problem=problems())
-def test_mixture_under_transforms(problem):
-    params, x, options = problem
-    other = random.normal(KEY, x.shape, dtype=DTYPE)
-
-    def loss(params, x):
-        return mixture(params, x, **options).sin().sum()
-
-    each = [grad(loss)(params, one) for one in (x, other)]
-    close(
-        vmap(grad(loss), (None, 0))(params, torch.stack([x, other])),
-        tree.map(lambda *pair: torch.stack(pair), *each),
-    )
-    noise = tree.map(lambda leaf: random.normal(KEY, leaf.shape, dtype=DTYPE), params)
-    together = tree.stack([params, noise])
-    both = [grad(loss)(params, x), grad(loss)(noise, x)]
-    close(vmap(grad(loss), (0, None))(together, x), tree.map(lambda *p: torch.stack(p), *both))
-    _, forward = jvp(lambda p: grad(loss)(p, x), (params,), (noise,))
-
-    def slope(p):
-        pairs = zip(tree.leaves(grad(loss)(p, x)), tree.leaves(noise), strict=True)
-        return sum((a * b).sum() for a, b in pairs)
-
-    close(forward, grad(slope)(params), 1e-8)
-
-
 def test_only_the_experts_picked_are_computed(monkeypatch):
     tokens = []
 
@@ -186,37 +159,6 @@ def test_init_of_an_ensemble_is_the_init_of_its_members():
         member = layers.init_mixture(key, 4, 8, 2)
         close(tree.map(lambda leaf, i=i: leaf[i], ensemble), member, 0)
         assert member["experts"].batch_size == (2,)
-
-
-def test_compiled_equals_eager():
-    params = layers.init_mixture(KEY, 4, 8, 3, dtype=DTYPE)
-    x = random.normal(KEY, (2, 5, 4), dtype=DTYPE)
-
-    def loss(params, x):
-        outputs, routing = mixture(params, x, routing=True)
-        return outputs.sin().sum() + layers.balance_loss(routing)
-
-    close(funcnets.compile(grad(loss), backend="aot_eager")(params, x), grad(loss)(params, x))
-    members = tree.stack([params, layers.init_mixture(random.key(1), 4, 8, 3, dtype=DTYPE)])
-    per_member = vmap(grad(loss), (0, None))
-    close(funcnets.compile(per_member, backend="aot_eager")(members, x), per_member(members, x))
-
-
-@pytest.mark.dynamo
-def test_plain_torch_compile_of_a_mixture():
-    params = layers.init_mixture(KEY, 4, 8, 3, activation="swiglu", dtype=DTYPE)
-    x = random.normal(KEY, (2, 5, 4), dtype=DTYPE)
-
-    def loss(params, x):
-        outputs, routing = mixture(params, x, activation="swiglu", routing=True)
-        return outputs.sin().sum() + layers.balance_loss(routing) + layers.router_z_loss(routing)
-
-    step = grad_and_value(loss)
-    torch._dynamo.reset()
-    close(torch.compile(step, fullgraph=True, backend="aot_eager")(params, x), step(params, x))
-    tracked = tree.map(lambda leaf: leaf.clone().requires_grad_(), params)
-    torch.compile(loss, fullgraph=True, backend="aot_eager")(tracked, x).backward()
-    close(tree.map(lambda leaf: leaf.grad, tracked), grad(loss)(params, x))
 
 
 def test_errors(unchecked):

@@ -5,9 +5,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.func import grad, jvp, vmap
+from torch.func import grad, vmap
 
-import funcnets
 from funcnets import layers, random
 
 KEY = random.key(0)
@@ -199,55 +198,6 @@ def test_positions_break_the_permutation(kind):
 
     order = torch.tensor([3, 1, 0, 2, 5, 4])
     assert (run(x[order]) - run(x)[order]).abs().max() > 1e-5
-
-
-def everything(params, x):
-    bias = layers.relative_bias(params["bias"], 4) + layers.alibi_bias(2, 4, dtype=DTYPE)
-    x = x + layers.learned_positions(params["places"], 4) + layers.sinusoidal(4, 8, dtype=DTYPE)
-    x = x + layers.sincos_2d(2, 2, 8, dtype=DTYPE).flatten(0, 1)
-    turned = layers.rotary(x, 3) * layers.rotary(x, interleaved=True)
-    return layers.attention(
-        params["attention"],
-        turned,
-        heads=2,
-        bias=bias,
-        positions=layers.rotary_positions(4, 4, dtype=DTYPE),
-    )
-
-
-def setting(key=KEY):
-    params = {
-        "bias": layers.init_relative_bias(key, 2, 8, dtype=DTYPE),
-        "places": layers.init_learned_positions(key, 5, 8, dtype=DTYPE),
-        "attention": layers.init_attention(key, 8, 2, dtype=DTYPE),
-    }
-    return params, normal(key, 3, 4, 8)
-
-
-def test_positions_under_transforms():
-    params, x = setting()
-
-    def loss(params, x):
-        return everything(params, x).sin().sum()
-
-    each = torch.stack([loss(params, one) for one in x])
-    close(vmap(loss, (None, 0))(params, x), each)
-    gradient = grad(loss)(params, x)
-    per_sample = vmap(grad(loss), (None, 0))(params, x)
-    for name in params:
-        for entry, value in gradient[name].flatten_keys(".").items():
-            close(per_sample[name].flatten_keys(".")[entry].sum(0), value, 1e-10)
-    _, slope = jvp(lambda x: loss(params, x), (x,), (x,))
-    close(slope, (grad(loss, 1)(params, x) * x).sum(), 1e-10)
-    close(funcnets.compile(loss, backend="aot_eager")(params, x), loss(params, x), 1e-10)
-
-
-@pytest.mark.dynamo
-def test_plain_torch_compile_of_positions():
-    params, x = setting()
-    torch._dynamo.reset()
-    compiled = torch.compile(everything, fullgraph=True, backend="aot_eager")
-    close(compiled(params, x), everything(params, x), 1e-10)
 
 
 LEARNED = layers.init_learned_positions(KEY, 8, 4)

@@ -89,45 +89,6 @@ def test_equals_the_torch_module(fused, case, key):
         close(gradients[name], parameter.grad)
 
 
-@settings(max_examples=20)
-@given(case=cases(), key=keys)
-def test_vmap_equals_the_loop(case, key):
-    points = [case.draw(k) for k in random.split(key, 3)]
-    close(vmap(case.apply)(*stack(points)), stack([case.apply(*point) for point in points]))
-    of_params = vmap(lambda p: case.apply(p, *points[0][1:]))(stack(points)[0])
-    close(of_params, stack([case.apply(p, *points[0][1:]) for p, _, _ in points]))
-    of_inputs = vmap(lambda x: case.apply(points[0][0], x, ()))(stack(points)[1])
-    close(of_inputs, stack([case.apply(points[0][0], x, ()) for _, x, _ in points]))
-
-
-@settings(max_examples=10)
-@given(case=cases(), key=keys)
-def test_vmap_of_grad_equals_the_loop(case, key):
-    points = [case.draw(k) for k in random.split(key, 3)]
-    gradient = grad(loss_of(case))
-    close(vmap(gradient)(stack(points)), stack([gradient(point) for point in points]))
-
-
-@each_case
-def test_second_derivatives_agree_in_both_modes(case):
-    point = case.draw(KEY)
-    direction = noise_like(point, random.key(4))
-    outputs, tangent = jvp(lambda point: case.apply(*point), (point,), (direction,))
-    cotangent = noise_like(outputs, random.key(5))
-    pulled = vjp(lambda point: case.apply(*point), point)[1](cotangent)[0]
-    close(dot(pulled, direction), dot(cotangent, tangent))
-
-    gradient = grad(loss_of(case))
-    _, forward = jvp(gradient, (point,), (direction,))
-    reverse = grad(lambda point: dot(gradient(point), direction))(point)
-    close(forward, reverse)
-    step = 1e-5
-    ahead, behind = (
-        gradient(tree.map(lambda x, d, s=s: x + s * d, point, direction)) for s in (step, -step)
-    )
-    close(forward, tree.map(lambda a, b: (a - b) / (2 * step), ahead, behind), 1e-6)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, DTYPE], ids=str)
 @pytest.mark.parametrize("kind", LAYERS)
 def test_second_derivative_of_the_kernel_and_its_jacobian(kind, dtype):
@@ -278,22 +239,6 @@ def test_a_rolled_graph_does_not_grow_with_the_length():
 
         compile(lambda *p: case.apply(*p, unroll=False), backend=backend)(params, x, state)  # noqa: B023
     assert counts[0] == counts[1]
-
-
-@pytest.mark.dynamo
-@each_case
-def test_plain_torch_compile(case):
-    torch.compiler.reset()
-    params, x, state = case.draw(KEY)
-    compiled = torch.compile(case.apply, fullgraph=True, backend="aot_eager")
-    close(compiled(params, x, state), case.apply(params, x, state))
-    tracked = tree.map(lambda leaf: leaf.clone().requires_grad_(), params)
-    loss = sum(y.square().sum() for y in tree.leaves(compiled(tracked, x, state)))
-    loss.backward()
-    wanted = grad(lambda p: sum(y.square().sum() for y in tree.leaves(case.apply(p, x, state))))(
-        params
-    )
-    close(tree.map(lambda leaf: leaf.grad, tracked), wanted)
 
 
 @pytest.mark.parametrize("fused", [True, False])

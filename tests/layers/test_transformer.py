@@ -11,9 +11,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
-from torch.func import grad, jvp, vjp, vmap
+from torch.func import vjp
 
-from funcnets import compile, random, tree
+from funcnets import random, tree
 from funcnets.layers import (
     KeyValueCache,
     cached_encoder_layer,
@@ -236,44 +236,6 @@ def test_rows_of_a_cache_are_of_different_lengths_and_what_is_too_much_is_lost()
     assert torch.equal(apply(x[:, :2], full)[1].keys[0], full.keys[0])
     with pytest.raises(ValueError, match=re.escape("cache: keys: expected [2, 2, 5, 4], got")):
         apply(x, cache._replace(keys=empty[:, :1]))
-
-
-@pytest.mark.parametrize("norm_first", [False, True])
-def test_bears_every_transform(norm_first):
-    """Ensembles, per-sample gradients, second derivatives, forward mode, compiled."""
-    stacked = tree.stack([drawn(init_decoder_layer, 4, 2, 5, seed=i) for i in range(3)])
-    members = tree.unstack(stacked)
-    x, memory = normal(KEY, (2, 3, 4)), normal(random.key(1), (2, 4, 4))
-
-    def apply(params, x, memory):
-        how = {"heads": 2, "norm_first": norm_first, "activation": "gelu", "causal": True}
-        return decoder_layer(params, x, memory, **how)
-
-    def loss(params, x, memory):
-        return apply(params, x, memory).square().sum() + apply(params, x, memory).sin().sum()
-
-    outputs = vmap(apply, (0, None, None))(stacked, x, memory)
-    gradients = vmap(grad(loss), (0, None, None))(stacked, x, memory)
-    for i, params in enumerate(members):
-        close(outputs[i], apply(params, x, memory))
-        tree.map(close, tree.map(lambda g, i=i: g[i], gradients), grad(loss)(params, x, memory))
-    params, direction = members[0], members[1]
-    each = vmap(grad(loss), (None, 0, 0))(params, x, memory)
-    total = tree.map(lambda g: g.sum(0), each)
-    tree.map(close, total, grad(loss)(params, x, memory))
-
-    def slope(params):
-        return grad(loss)(params, x, memory)
-
-    _, product = jvp(slope, (params,), (direction,))
-    _, reverse = vjp(slope, params)
-    tree.map(close, reverse(direction)[0], product)
-    ahead, behind = (
-        slope(tree.map(lambda p, d, h=h: p + h * d, params, direction)) for h in (1e-5, -1e-5)
-    )
-    finite = tree.map(lambda a, b: (a - b) / 2e-5, ahead, behind)
-    tree.map(partial(torch.testing.assert_close, rtol=1e-6, atol=1e-6), product, finite)
-    tree.map(close, compile(slope, backend="aot_eager")(params), slope(params))
 
 
 def test_heads_that_do_not_divide_the_width():
