@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -24,13 +23,12 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from rich.console import Console
-from rich.progress import Progress, TextColumn
 from rich.table import Table
 from tensordict import TensorDict
 from torch import Tensor
 
 import funcnets
-from funcnets import Model, models, optim, random, tree
+from funcnets import Model, models, optim, random, training, tree
 from funcnets.generation import generate
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -53,15 +51,6 @@ class Text(NamedTuple):
     def decode(self, tokens: Tensor) -> str:
         """The characters of the numbers."""
         return "".join(self.characters[token] for token in tokens.tolist())
-
-
-class State(NamedTuple):
-    """All that changes in training, and a checkpoint holds."""
-
-    params: TensorDict
-    optimizer: Any
-    losses: Tensor  # of every step so far and to come
-    step: Tensor
 
 
 def read_text(path: Path | None, output: Path) -> Text:
@@ -185,11 +174,6 @@ def starts(key: random.Key, length: int, context: int, count: int) -> Tensor:
     return torch.cat([epoch(random.fold_in(key, i)) for i in range(-(-count // whole))])[:count]
 
 
-def windows(tokens: Tensor, starts: Tensor, context: int) -> Tensor:
-    """Windows [len(starts), context + 1]: what is read, and what is to be said of it."""
-    return tokens[starts[:, None] + torch.arange(context + 1)]
-
-
 def loss(params: TensorDict, model: Model, text: Tensor) -> Tensor:
     """The mean cross-entropy, in nats, of each character of [batch, time] from those before it."""
     logits = model.apply(params, text[:, :-1])
@@ -198,70 +182,59 @@ def loss(params: TensorDict, model: Model, text: Tensor) -> Tensor:
 
 def evaluate(params: TensorDict, model: Model, tokens: Tensor, context: int) -> float:
     """`loss` over all whole windows of a text, one after the other."""
-    count = (len(tokens) - 1) // context
-    text = windows(tokens, context * torch.arange(count), context)
+    text = tokens.unfold(0, context + 1, context)
     with torch.no_grad():
         parts = [loss(params, model, part).item() * len(part) for part in text.split(256)]
-    return math.fsum(parts) / count
+    return math.fsum(parts) / len(text)
 
 
 def train(
     name: str, text: Text, flags: argparse.Namespace, key: random.Key
-) -> tuple[Model, State, list[tuple[int, float]], float]:
-    """The model, its last state, the validation losses by step, and the seconds it took."""
+) -> tuple[Model, TensorDict, list[dict[str, Any]]]:
+    """The model, its parameters, and the history: also ``losses``, of each step since the last."""
     model, optimizer = NETWORKS[name](len(text.characters), flags)
     init_key, data_key = random.split(key)
-    params = model.init(init_key)
-    state = State(params, optimizer.init(params), torch.zeros(flags.steps), torch.tensor(0))
-    checkpoint = flags.output / f"{name}_checkpoint.safetensors"
+    places = starts(data_key, len(text.train), flags.context, flags.steps * flags.batch)
+    windows = text.train.unfold(0, flags.context + 1, 1)
+
+    def objective(params: TensorDict, batch: Tensor, key: random.Key) -> tuple[Tensor, Any, Any]:
+        return loss(params, model, batch), {}, TensorDict({})
+
+    step = training.make_step(None, objective, optimizer, nonfinite=None)
+    state = step.init(model.init(init_key), data_key)
+    checkpoints = training.Checkpoints(flags.output / f"{name}_checkpoints", keep=1)
     flags_told = ("steps", "batch", "context", "width", "depth", "heads", "seed")
     told = {flag: getattr(flags, flag) for flag in flags_told}
-    places = starts(data_key, len(text.train), flags.context, flags.steps * flags.batch)
-    validation: list[tuple[int, float]] = []
-    seconds = 0.0
-    if flags.resume and checkpoint.exists():
-        state, held = read_checkpoint(checkpoint, state, told)
-        validation, seconds = [tuple(point) for point in held["validation"]], held["seconds"]
+    if flags.resume and checkpoints.steps():
+        held = checkpoints.restore(state)[1]["history"][-1]["flags"]
+        if held != told:
+            raise ValueError(f"{checkpoints.folder}: expected a checkpoint of {told}, got {held}")
 
-    columns = (*Progress.get_default_columns(), TextColumn("{task.fields[loss]}"))
-    with Progress(*columns) as progress:
-        bar = progress.add_task(name, total=flags.steps, completed=int(state.step), loss="")
-        begin = time.perf_counter() - seconds
-        for step in range(int(state.step), flags.steps):
-            chosen = places[step * flags.batch : (step + 1) * flags.batch]
-            batch = windows(text.train, chosen, flags.context)
-            grads, value = funcnets.grad_and_value(loss)(state.params, model, batch)
-            updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
-            params = optim.apply_updates(state.params, updates)
-            losses = torch.where(torch.arange(flags.steps) == step, value, state.losses)
-            state = State(params, optimizer_state, losses, torch.tensor(step + 1))
-            progress.update(bar, advance=1, loss=f"loss {value.item():.3f}")
-            if (step + 1) % flags.every == 0 or step + 1 == flags.steps:
-                found = evaluate(state.params, model, text.validation, flags.context)
-                validation.append((step + 1, found))
-                held = {"validation": validation, "seconds": time.perf_counter() - begin}
-                write_checkpoint(checkpoint, state, {**told, **held})
-        seconds = time.perf_counter() - begin
-    return model, state, validation, seconds
+    losses: list[Tensor] = []
 
+    def counted(state: training.State, batch: Tensor) -> tuple[training.State, dict[str, Tensor]]:
+        state, metrics = step(state, batch)
+        losses.append(metrics["loss"])
+        return state, metrics
 
-def write_checkpoint(path: Path, state: State, metadata: dict[str, Any]) -> None:
-    """All of the state in one file, which is the old one or the new one at any moment."""
-    held = {str(i): leaf for i, leaf in enumerate(tree.leaves(state))}
-    funcnets.save(path, held, metadata=metadata)
+    def note(state: training.State, record: dict[str, Any]) -> None:
+        record |= {"losses": torch.stack(losses).tolist(), "flags": told}
+        losses.clear()
 
-
-def read_checkpoint(path: Path, state: State, told: dict[str, Any]) -> tuple[State, dict[str, Any]]:
-    """The state of the file, shaped as the given one, and what else was written."""
-    metadata = funcnets.read_metadata(path)
-    if {name: metadata.get(name) for name in told} != told:
-        raise ValueError(f"{path.name}: expected a checkpoint of {told}, got {metadata}")
-    held = funcnets.load(path)[1]
-    leaves, structure = tree.flatten(state)
-    differing = tree.compare(held, {str(i): leaf for i, leaf in enumerate(leaves)})
-    if differing:
-        raise ValueError(f"{path.name}: {differing}")
-    return tree.unflatten(structure, [held[str(i)] for i in range(len(leaves))]), metadata
+    state, history = training.fit(
+        counted,
+        state,
+        training.Epoch(windows, places.split(flags.batch)),
+        steps=flags.steps,
+        every=flags.every,
+        evaluate=lambda state: {
+            "loss": evaluate(training.parameters(state), model, text.validation, flags.context)
+        },
+        checkpoints=checkpoints,
+        resume=flags.resume,
+        callbacks=[note],
+    )
+    return model, training.parameters(state), history
 
 
 def write(params: TensorDict, model: Model, text: Text, flags: argparse.Namespace) -> str:
@@ -279,15 +252,17 @@ def write(params: TensorDict, model: Model, text: Text, flags: argparse.Namespac
     return text.decode(generated.tokens[0])
 
 
-def draw(path: Path, curves: dict[str, tuple[Tensor, list[tuple[int, float]]]]) -> None:
+def draw(path: Path, histories: dict[str, list[dict[str, Any]]]) -> None:
     """The loss in training, smoothed, and in validation."""
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for i, (name, (losses, validation)) in enumerate(curves.items()):
+    for i, (name, history) in enumerate(histories.items()):
+        losses = torch.tensor([loss for record in history for loss in record["losses"]])
         width = max(1, len(losses) // 40)
         smooth = F.avg_pool1d(losses[None], width, 1)[0]
         steps = torch.arange(len(smooth)) + width
         axes.plot(steps, smooth, color=f"C{i}", lw=1, label=f"{name}, training")
-        at, found = zip(*validation, strict=True)
+        at = [record["step"] for record in history]
+        found = [record["evaluation"]["loss"] for record in history]
         axes.plot(at, found, "o--", color=f"C{i}", label=f"{name}, validation")
     axes.set(xlabel="step", ylabel="nats per character", ylim=(None, 2.6))
     axes.legend()
@@ -321,15 +296,15 @@ def main() -> None:
     table = Table(title=f"loss on the last tenth after {flags.steps} steps")
     for column in ("", "parameters", "nats per character", "bits", "seconds", "characters / s"):
         table.add_column(column, justify="left" if not column else "right")
-    curves, texts = {}, {}
+    histories, texts = {}, {}
     for name in flags.networks:
-        model, state, validation, seconds = train(name, text, flags, random.key(flags.seed))
-        curves[name] = state.losses, validation
-        texts[name] = write(state.params, model, text, flags)
-        funcnets.save(flags.output / f"{name}.safetensors", state.params, model)
-        found = validation[-1][1]
+        model, params, histories[name] = train(name, text, flags, random.key(flags.seed))
+        texts[name] = write(params, model, text, flags)
+        funcnets.save(flags.output / f"{name}.safetensors", params, model)
+        last = histories[name][-1]
+        found, seconds = last["evaluation"]["loss"], last["seconds"]
         seen = flags.steps * flags.batch * flags.context
-        count = tree.count(state.params)
+        count = tree.count(params)
         table.add_row(
             name,
             f"{count:,}",
@@ -342,7 +317,7 @@ def main() -> None:
     for name, written in texts.items():
         console.rule(name)
         console.print(written, markup=False, highlight=False)
-    draw(flags.output / "losses.png", curves)
+    draw(flags.output / "losses.png", histories)
 
 
 if __name__ == "__main__":

@@ -25,14 +25,13 @@ import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from tensordict import TensorDict
 from torch import Tensor
 
-from funcnets import Model, grad, layers, models, optim, random, tree
+from funcnets import Model, layers, models, optim, random, training
 
 SIDE = 16
 
@@ -69,29 +68,28 @@ def make_images(key: random.Key, digits: Tensor, labels: Tensor) -> tuple[Tensor
     return torch.where(hard[:, None, None, None], cluttered, images), labels, hard
 
 
+def loss(logits: list[Tensor], labels: Tensor) -> Tensor:
+    """The cross-entropies of both exits, summed."""
+    shallow, deep = logits
+    return F.cross_entropy(shallow, labels) + F.cross_entropy(deep, labels)
+
+
 def train(digits: Tensor, labels: Tensor, epochs: int, seed: int) -> TensorDict:
     """The parameters of the network with two exits."""
-    init_key, data_key = random.split(random.key(seed)).unbind()
+    init_key, run_key = random.split(random.key(seed)).unbind()
     batch = 64
-    steps = epochs * (len(digits) // batch)
-    optimizer = optim.adamw(optim.schedules.one_cycle(3e-3, steps=steps), weight_decay=0.05)
-    params, buffers = tree.partition(EXITS.init(init_key))
-    state = optimizer.init(params)
+    rate = optim.schedules.one_cycle(3e-3, steps=epochs * (len(digits) // batch))
+    optimizer = optim.adamw(rate, weight_decay=0.05)
+    step = training.make_step(EXITS, loss, optimizer, nonfinite=None)
 
-    def loss(params: TensorDict, buffers: TensorDict, x: Tensor, y: Tensor) -> Any:
-        logits, new = EXITS.apply(tree.merge(params, buffers), x, train=True)
-        return sum(F.cross_entropy(each, y) for each in logits), new
+    def epoch(key: random.Key) -> training.Epoch:
+        """The batches of an epoch, its images made anew."""
+        image_key, order_key = random.split(key).unbind()
+        images, same, _ = make_images(image_key, digits, labels)
+        return training.minibatches((images, same), batch, drop_last=True)(order_key)
 
-    for epoch in track(range(epochs), description="training"):
-        key = random.fold_in(data_key, epoch)
-        order = random.permutation(key, len(digits))
-        x, y, _ = make_images(key, digits[order], labels[order])
-        for i in range(len(digits) // batch):
-            part = slice(i * batch, (i + 1) * batch)
-            grads, new = grad(loss, has_aux=True)(params, buffers, x[part], y[part])
-            updates, state = optimizer.update(grads, state, params)
-            params, buffers = optim.apply_updates(params, updates), new
-    return tree.merge(params, buffers)
+    state, _ = training.fit(step, step.init(EXITS.init(init_key), run_key), epoch, epochs=epochs)
+    return training.parameters(state)
 
 
 def seconds(runs: dict[Any, Callable[[], Any]], rounds: int) -> dict[Any, float]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +29,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 import funcnets
-from funcnets import models, optim, random, tree
+from funcnets import models, optim, random, training, tree
 
 SMALL = models.resnet(
     "basic", (1, 1), 10, in_channels=1, width=8, stem="small", stochastic_depth=0.1
@@ -67,65 +66,33 @@ def read_digits(seed: int) -> Digits:
     return Digits(images[0], torch.from_numpy(train_y), images[1], torch.from_numpy(test_y))
 
 
-def accuracy(model: funcnets.Model, params: TensorDict, digits: Digits) -> float:
-    """The share of the test digits that are read right."""
-    with torch.no_grad():
-        said = model.apply(params, digits.test_x).argmax(-1)
-    return (said == digits.test_y).double().mean().item()
-
-
 def train(
-    model: funcnets.Model,
-    params: TensorDict,
-    digits: Digits,
-    epochs: int,
-    key: random.Key,
-    advance: Callable[[], None],
+    model: funcnets.Model, params: TensorDict, digits: Digits, epochs: int, key: random.Key
 ) -> Phase:
     """Trains for some epochs with AdamW, its rate falling to zero along half a cosine."""
-    batch = 64
-    per_epoch = len(digits.train_x) // batch
-    optimizer = optim.adamw(optim.schedules.cosine(3e-3, epochs * per_epoch), weight_decay=0.05)
-    trainable, buffers = tree.partition(params)
-    state = optimizer.init(trainable)
+    batches = training.minibatches((digits.train_x, digits.train_y), 64, drop_last=True)
+    rate = optim.schedules.cosine(3e-3, epochs * (len(digits.train_x) // 64))
+    optimizer = optim.adamw(rate, weight_decay=0.05)
+    step = training.make_step(model, F.cross_entropy, optimizer, nonfinite=None)
 
-    def loss(
-        trainable: TensorDict, buffers: TensorDict, x: Tensor, y: Tensor, key: random.Key
-    ) -> tuple[Tensor, TensorDict]:
-        params = tree.merge(trainable, buffers)
-        logits, buffers = model.apply(params, x, train=True, key=key)
-        return F.cross_entropy(logits, y), buffers
+    def evaluate(state: training.State) -> dict[str, Any]:
+        test, scores = [(digits.test_x, digits.test_y)], {"accuracy": training.accuracy}
+        return training.evaluate(model.apply, training.parameters(state), test, scores)
 
-    gradient = funcnets.grad(loss, has_aux=True)
-    found, seconds = [], []
-    begin = time.perf_counter()
-    for epoch in range(epochs):
-        order_key, step_key = random.split(random.fold_in(key, epoch))
-        order = random.permutation(order_key, len(digits.train_x))
-        for i in range(per_epoch):
-            chosen = order[i * batch : (i + 1) * batch]
-            grads, buffers = gradient(
-                trainable,
-                buffers,
-                digits.train_x[chosen],
-                digits.train_y[chosen],
-                random.fold_in(step_key, i),
-            )
-            updates, state = optimizer.update(grads, state, trainable)
-            trainable = optim.apply_updates(trainable, updates)
-        params = tree.merge(trainable, buffers)
-        found.append(accuracy(model, params, digits))
-        seconds.append(time.perf_counter() - begin)
-        advance()
-    return Phase(params, found, seconds)
+    state, history = training.fit(
+        step, step.init(params, key), batches, epochs=epochs, evaluate=evaluate
+    )
+    return Phase(
+        training.parameters(state),
+        [record["evaluation"]["accuracy"] for record in history],
+        [record["seconds"] for record in history],
+    )
 
 
-def grow_and_train(
-    digits: Digits, epochs: int, key: random.Key, advance: Callable[[], None]
-) -> tuple[dict[str, Phase], float]:
+def grow_and_train(digits: Digits, epochs: int, key: random.Key) -> tuple[dict[str, Phase], float]:
     """The small network, the same grown, the big from the start; what growing changed at most."""
     small_key, big_key, grow_key, train_key = random.split(key, 4)
-    small = train(SMALL, SMALL.init(small_key), digits, epochs, train_key, advance)
+    small = train(SMALL, SMALL.init(small_key), digits, epochs, train_key)
     grown = funcnets.grow(SMALL, small.params, BIG, grow_key)
     with torch.no_grad():
         before = SMALL.apply(small.params, digits.test_x)
@@ -133,8 +100,8 @@ def grow_and_train(
     on_key = random.fold_in(train_key, 1)
     phases = {
         "small": small,
-        "grown": train(BIG, grown, digits, epochs, on_key, advance),
-        "big from the start": train(BIG, BIG.init(big_key), digits, 2 * epochs, train_key, advance),
+        "grown": train(BIG, grown, digits, epochs, on_key),
+        "big from the start": train(BIG, BIG.init(big_key), digits, 2 * epochs, train_key),
     }
     return phases, change
 
@@ -236,14 +203,7 @@ def main() -> None:
     flags = parser.parse_args()
     console = Console()
 
-    with Progress() as progress:
-        bar = progress.add_task("training", total=4 * flags.epochs)
-        phases, change = grow_and_train(
-            read_digits(flags.seed),
-            flags.epochs,
-            random.key(flags.seed),
-            lambda: progress.update(bar, advance=1),
-        )
+    phases, change = grow_and_train(read_digits(flags.seed), flags.epochs, random.key(flags.seed))
     show(console, phases, change)
 
     times = compile_times(flags.depths, flags.backend)

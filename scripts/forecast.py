@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,14 +32,13 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange, reduce
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 from tensordict import TensorDict
 from torch import Tensor
-from torch.func import grad, vmap
+from torch.func import vmap
 from torchvision.datasets.utils import download_url
 
-from funcnets import Model, layers, optim, random, tree
+from funcnets import Model, ensembles, layers, optim, random, training, tree
 from funcnets.data import Windows, windows
 
 URL = "https://raw.githubusercontent.com/zhouhaoyi/ETDataset/main/ETT-small/ETTh1.csv"
@@ -169,56 +169,49 @@ def forecaster(network: Model, window: int, horizon: int) -> Model:
 
 
 def train(
-    model: Model,
-    known: Windows,
-    validation: Windows,
-    *,
-    members: int,
-    epochs: int,
-    key: random.Key,
-    advance: Callable[[], None],
+    model: Model, known: Windows, validation: Windows, *, members: int, epochs: int, key: random.Key
 ) -> TensorDict:
     """The better half of an ensemble, each member as it was after its best epoch in validation."""
-    per_epoch = len(known.past) // BATCH
+    steps = len(known.past) // BATCH * epochs
     init_key, order_key, step_key, settings_key = random.split(key, 4).unbind()
-    optimizer = optim.adamw(
-        optim.schedules.cosine(1e-3, steps=per_epoch * epochs), weight_decay=1.0
-    )
-
-    def loss(params: TensorDict, batch: Windows, key: random.Key, settings: Settings) -> Tensor:
-        outputs = model.apply(params, batch.past, settings.dropout, key)
-        penalty = settings.penalty * params["linear", "weight"].square().sum()
-        return F.huber_loss(outputs, batch.future, delta=0.5) + penalty
-
-    def step(
-        params: TensorDict, state: Any, batch: Windows, key: random.Key, settings: Settings
-    ) -> tuple[TensorDict, Any]:
-        gradients = grad(loss)(params, batch, key, settings)
-        updates, state = optimizer.update(gradients, state, params)
-        return optim.apply_updates(params, updates), state
-
-    params = vmap(model.init)(random.split(init_key, members))
-    state = vmap(optimizer.init)(params)
     settings = vmap(draw_settings)(random.split(settings_key, members))
-    best, lowest = params, torch.full((members,), float("inf"))
-    for epoch in range(epochs):
-        keys = random.split(random.fold_in(order_key, epoch), members).unbind()
-        orders = torch.stack([random.permutation(one, len(known.past)) for one in keys])
-        for i in range(per_epoch):
-            chosen = orders[:, i * BATCH : (i + 1) * BATCH]
-            samples = tree.map(lambda part, chosen=chosen: part[chosen], known)
-            draws = random.split(random.fold_in(step_key, epoch * per_epoch + i), members)
-            params, state = vmap(step)(params, state, samples, draws, settings)
-            advance()
-        errors = (predict(model, params, validation.past) - validation.future).square()
-        error = reduce(errors, "members windows hours -> members", "mean")
-        better = error < lowest
-        lowest = torch.where(better, error, lowest)
-        best = vmap(lambda yes, *both: tree.map(lambda n, o: torch.where(yes, n, o), *both))(
-            better, params, best
-        )
-    kept = lowest.argsort()[: (members + 1) // 2]
-    return best[kept]
+    optimizer = optim.adamw(optim.schedules.cosine(1e-3, steps=steps), weight_decay=1.0)
+
+    def loss(
+        params: TensorDict, batch: tuple[Windows, Settings], key: random.Key
+    ) -> tuple[Tensor, dict[str, Tensor], TensorDict]:
+        (past, future), settings = batch
+        outputs = model.apply(params, past, settings.dropout, key)
+        penalty = settings.penalty * params["linear", "weight"].square().sum()
+        return F.huber_loss(outputs, future, delta=0.5) + penalty, {}, TensorDict({})
+
+    def batches() -> Iterator[tuple[tuple[Windows, Settings], Tensor]]:
+        """For every step the members' batches, each in an order of its own, and their keys."""
+        number = itertools.count()
+        for epoch in range(epochs):
+            orders = random.split(random.fold_in(order_key, epoch), members)
+            for samples in training.minibatches(known, BATCH, drop_last=True)(orders):
+                keys = random.split(random.fold_in(step_key, next(number)), members)
+                yield (samples, settings), keys
+
+    def evaluate(state: training.State) -> dict[str, Tensor]:
+        forecasts = predict(model, training.parameters(state), validation.past)
+        errors = (forecasts - validation.future).square()
+        return {"error": reduce(errors, "members windows hours -> members", "mean")}
+
+    step = training.make_step(None, loss, optimizer, nonfinite=None)
+    params = vmap(model.init)(random.split(init_key, members))
+    state, _ = training.fit(
+        lambda state, batch: vmap(step)(state, *batch),
+        vmap(step.init)(params, random.split(step_key, members)),
+        batches(),
+        steps=steps,
+        every=steps // epochs,
+        evaluate=evaluate,
+        early_stopping=training.EarlyStopping("error", patience=epochs),
+    )
+    kept = state.stopping.value.argsort()[: (members + 1) // 2]
+    return ensembles.members(training.parameters(state), kept)
 
 
 def deviation(past: Tensor) -> Tensor:
@@ -306,28 +299,24 @@ def main() -> None:
     at_validation: list[Tensor] = []
     alone: dict[str, tuple[float, float]] = {}
     chosen = networks(flags.horizon, flags.days)
-    steps = len(known.past) // BATCH * flags.epochs
-    with Progress(console=console) as progress:
-        bar = progress.add_task("", total=len(chosen) * steps)
-        for i, (name, network) in enumerate(chosen.items()):
-            progress.update(bar, description=name)
-            model = forecaster(network, window, flags.horizon)
-            params = train(
-                model,
-                known,
-                validation,
-                members=flags.members,
-                epochs=flags.epochs,
-                key=random.fold_in(random.key(flags.seed), i),
-                advance=lambda: progress.advance(bar),
-            )
-            at_validation.append(predict(model, params, validation.past).mean(0))
-            members = predict(model, params, test.past)
-            forecasts[name] = members.mean(0)
-            alone[name] = (
-                float((members - test.future).square().mean()),
-                float((members - test.future).abs().mean()),
-            )
+    for i, (name, network) in enumerate(chosen.items()):
+        console.print(f"{name}:")
+        model = forecaster(network, window, flags.horizon)
+        params = train(
+            model,
+            known,
+            validation,
+            members=flags.members,
+            epochs=flags.epochs,
+            key=random.fold_in(random.key(flags.seed), i),
+        )
+        at_validation.append(predict(model, params, validation.past).mean(0))
+        members = predict(model, params, test.past)
+        forecasts[name] = members.mean(0)
+        alone[name] = (
+            float((members - test.future).square().mean()),
+            float((members - test.future).abs().mean()),
+        )
     expected = torch.stack(at_validation).mean(0)
     forecasts["all networks"] = torch.stack([forecasts[name] for name in chosen]).mean(0)
 

@@ -27,9 +27,8 @@ from rich.progress import Progress
 from rich.table import Table
 from tensordict import TensorDict
 from torch import Tensor
-from torch.func import grad
 
-from funcnets import Model, data, losses, models, optim, random, tree
+from funcnets import Model, data, losses, models, optim, random, training
 from funcnets.models.multimodal import Fusion
 
 Losses = dict[str, Tensor]
@@ -65,14 +64,6 @@ class Data(NamedTuple):
 
     images: Tensor
     labels: dict[str, Tensor]
-
-
-class State(NamedTuple):
-    """All that changes in training."""
-
-    params: TensorDict
-    buffers: TensorDict
-    optimizer: Any
 
 
 def read(path: Path) -> tuple[Data, Data, tuple[int, int]]:
@@ -115,53 +106,50 @@ def train(
 
     Where the alphabet is an input, it is hidden from a random half of each batch.
     """
-    batch = 64
-    per_epoch = len(known.images) // batch
-    init_key, order_key, step_key = random.split(key, 3)
+    init_key, run_key = random.split(key)
     optimizer = optim.adamw(
         optim.schedules.one_cycle(1e-2, steps=steps),
         weight_decay=0.05,
         where=lambda path, leaf: leaf.ndim > 1,
     )
-    params, buffers = tree.partition(model.init(init_key))
-    params = TensorDict({"network": params, "weighting": losses.init_uncertainty(init_key, TASKS)})
     heads = [name for name, _ in model.config.heads]
 
     def loss(
-        params: TensorDict, buffers: TensorDict, batch: Data, key: random.Key
-    ) -> tuple[Tensor, TensorDict]:
+        params: TensorDict, batch: Data, key: random.Key
+    ) -> tuple[Tensor, dict[str, Tensor], TensorDict]:
         shift_key, hide_key = random.split(key)
         inputs = {"image": shift(shift_key, batch.images)}
         present = {}
         if "alphabet" in model.config.inputs:
             inputs["alphabet"] = batch.labels["alphabet"]
             present["alphabet"] = random.bernoulli(hide_key, (len(batch.images),))
-        outputs, buffers = model.apply(
-            tree.merge(params["network"], buffers), inputs, present, train=True
-        )
+        outputs, buffers = model.apply(params["network"], inputs, present, train=True)
         each = {
             name: F.cross_entropy(outputs[name], batch.labels[name], reduction="none")
             for name in heads
         }
-        return weighting(params["weighting"], each), buffers
+        return weighting(params["weighting"], each), {}, TensorDict({"network": buffers})
 
-    def step(state: State, batch: Data, key: random.Key) -> State:
-        grads, buffers = grad(loss, has_aux=True)(state.params, state.buffers, batch, key)
-        updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
-        return State(optim.apply_updates(state.params, updates), buffers, optimizer_state)
-
-    state = State(params, buffers, optimizer.init(params))
     learned = []
-    for number in range(steps):
-        epoch, i = divmod(number, per_epoch)
-        if i == 0:
-            order = random.permutation(random.fold_in(order_key, epoch), len(known.images))
-        sample = tree.map(lambda leaf, at=order[i * batch : (i + 1) * batch]: leaf[at], known)
-        state = step(state, sample, random.fold_in(step_key, number))
+
+    def note(state: training.State, record: dict[str, Any]) -> None:
         variances = state.params["weighting", "log_variance"]
         learned.append({name: float((-variances[name]).exp()) for name in TASKS})
         advance()
-    return tree.merge(state.params["network"], state.buffers), learned
+
+    step = training.make_step(None, loss, optimizer, nonfinite=None)
+    weights = losses.init_uncertainty(init_key, TASKS)
+    params = TensorDict({"network": model.init(init_key), "weighting": weights})
+    state, _ = training.fit(
+        step,
+        step.init(params, run_key),
+        training.minibatches(known, 64, drop_last=True),
+        steps=steps,
+        every=1,
+        callbacks=[note],
+        progress=False,
+    )
+    return training.parameters(state)["network"], learned
 
 
 def accuracy(model: Model, params: TensorDict, test: Data, hidden: bool = False) -> Losses:

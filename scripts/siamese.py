@@ -25,7 +25,6 @@ import torch
 import torch.nn.functional as F
 from einops import einsum, rearrange, repeat
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 from tensordict import TensorDict
 from torch import Tensor
@@ -33,7 +32,7 @@ from torchvision.datasets.omniglot import Omniglot as Downloads
 from torchvision.datasets.utils import download_url
 
 import funcnets
-from funcnets import data, layers, losses, metrics, models, optim, random, tree
+from funcnets import data, layers, losses, metrics, models, optim, random, training
 
 SETS = ("small1", "small2")
 SIZE, WIDTH, FEATURES = 48, 32, 256
@@ -176,15 +175,6 @@ def redraw(
 # Training.
 
 
-class State(NamedTuple):
-    """All that changes in training."""
-
-    params: TensorDict
-    buffers: TensorDict
-    average: TensorDict
-    optimizer: Any
-
-
 class Batch(NamedTuple):
     """Parts of views: which drawings, and how they are placed; and the classes of the views.
 
@@ -269,28 +259,12 @@ def make_views(known: data.Omniglot) -> Callable[[random.Key], tuple[Tensor, Ten
     return views
 
 
-def make_step(known: data.Omniglot, optimizer: optim.Optimizer) -> Any:
-    """``step(state, key) -> (state, loss, accuracy)``."""
-    draw_views = make_views(known)
-
-    def loss(params: TensorDict, buffers: TensorDict, views: Tensor, labels: Tensor) -> Any:
-        embeddings, buffers = model.apply(tree.merge(params, buffers), views, train=True)
-        value = losses.supervised_contrastive(embeddings, labels, TEMPERATURE)
-        return value, (value, embeddings, buffers)
-
-    def step(state: State, key: random.Key) -> tuple[State, Tensor, Tensor]:
-        views, labels = draw_views(key)
-        grads, (value, embeddings, buffers) = funcnets.grad(loss, has_aux=True)(
-            state.params, state.buffers, views, labels
-        )
-        updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
-        params = optim.apply_updates(state.params, updates)
-        average = tree.ema(state.average, tree.merge(params, buffers), 0.99)
-        nearest = (embeddings @ embeddings.mT).fill_diagonal_(-1.0).argmax(1)
-        accuracy = (labels[nearest] == labels).float().mean()
-        return State(params, buffers, average, optimizer_state), value, accuracy
-
-    return step
+def loss(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """The supervised contrastive loss; for how many the nearest in the batch is of their class."""
+    near = embeddings.detach()
+    nearest = (near @ near.mT).fill_diagonal_(-1.0).argmax(1)
+    accuracy = (labels[nearest] == labels).float().mean()
+    return losses.supervised_contrastive(embeddings, labels, TEMPERATURE), {"accuracy": accuracy}
 
 
 def as_matrices(inner: optim.Optimizer) -> optim.Optimizer:
@@ -322,15 +296,19 @@ def is_block_matrix(path: tuple[str, ...], leaf: Tensor) -> bool:
 def train(known: data.Omniglot, steps: int, seed: int) -> tuple[TensorDict, np.ndarray]:
     """The averaged parameters, and loss and accuracy of each batch, [steps, 2]."""
     init_key, step_key = random.split(random.key(seed)).unbind()
-    optimizer = make_optimizer(steps)
-    step = make_step(known, optimizer)
-    params, buffers = tree.partition(model.init(init_key))
-    state = State(params, buffers, tree.merge(params, buffers), optimizer.init(params))
-    curve = np.zeros((steps, 2))
-    with Progress() as progress:
-        for i in progress.track(range(steps), description="training"):
-            state, *curve[i] = step(state, random.fold_in(step_key, i))
-    return state.average, curve
+    views = make_views(known)
+    step = training.make_step(
+        model, loss, make_optimizer(steps), average=training.ema(0.99), nonfinite=None
+    )
+    state, history = training.fit(
+        step,
+        step.init(model.init(init_key), step_key),
+        (views(random.fold_in(step_key, i)) for i in range(steps)),
+        steps=steps,
+        every=1,
+    )
+    curve = [(record["training"]["loss"], record["training"]["accuracy"]) for record in history]
+    return training.parameters(state, average=True), np.array(curve)
 
 
 # What the embedding is good for.

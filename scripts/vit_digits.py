@@ -22,7 +22,6 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange, reduce
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -30,7 +29,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 import funcnets
-from funcnets import models, optim, random, tree
+from funcnets import models, optim, random, training, tree
 
 cnn = models.cnn(in_channels=1, num_classes=10, widths=(32, 64), dropout=0.1)
 transformer = models.vit(8, 2, 4, 4, 64, 10, in_channels=1, mlp_width=128)
@@ -82,48 +81,31 @@ def train(
     epochs: int,
     rate: float,
     teacher: Trained | None = None,
-    name: str = "training",
 ) -> Trained:
     """A network that learns labels [n] of images [n, 1, 8, 8], and from a teacher if there is one.
 
     With a teacher its loss is half the cross-entropy and half the `distillation`.
     """
-    begin, batch = time.perf_counter(), 64
-    init_key, order_key, step_key = random.split(key, 3)
-    steps = len(images) // batch
-    params, buffers = tree.partition(model.init(init_key))
-    optimizer = optim.adamw(
-        optim.schedules.one_cycle(rate, steps=epochs * steps), weight_decay=0.05
-    )
-    state = optimizer.init(params)
+    begin = time.perf_counter()
+    init_key, run_key = random.split(key)
+    batches = training.minibatches((images, labels), 64, drop_last=True)
+    schedule = optim.schedules.one_cycle(rate, steps=epochs * (len(images) // 64))
 
     def loss(
-        params: TensorDict, buffers: TensorDict, x: Tensor, y: Tensor, key: random.Key
-    ) -> tuple[Tensor, TensorDict]:
+        params: TensorDict, batch: tuple[Tensor, Tensor], key: random.Key
+    ) -> tuple[Tensor, dict[str, Tensor], TensorDict]:
         shift_key, dropout_key = random.split(key)
-        x = shift(shift_key, x)
-        both = tree.merge(params, buffers)
-        logits, buffers = model.apply(both, x, train=True, key=dropout_key)
+        x, y = shift(shift_key, batch[0]), batch[1]
+        logits, buffers = model.apply(params, x, train=True, key=dropout_key)
         value = F.cross_entropy(logits, y)
         if teacher is not None:
             taught = teacher.model.apply(teacher.params, x)
             value = (value + distillation(logits, taught)) / 2
-        return value, buffers
+        return value, {}, buffers
 
-    for epoch in track(range(epochs), description=name):
-        order = random.permutation(random.fold_in(order_key, epoch), len(images))
-        for i in range(steps):
-            chosen = order[i * batch : (i + 1) * batch]
-            grads, buffers = funcnets.grad(loss, has_aux=True)(
-                params,
-                buffers,
-                images[chosen],
-                labels[chosen],
-                random.fold_in(step_key, epoch * steps + i),
-            )
-            updates, state = optimizer.update(grads, state, params)
-            params = optim.apply_updates(params, updates)
-    return Trained(model, tree.merge(params, buffers), time.perf_counter() - begin)
+    step = training.make_step(None, loss, optim.adamw(schedule, weight_decay=0.05), nonfinite=None)
+    state, _ = training.fit(step, step.init(model.init(init_key), run_key), batches, epochs=epochs)
+    return Trained(model, training.parameters(state), time.perf_counter() - begin)
 
 
 def show(console: Console, networks: dict[str, Trained], images: Tensor, labels: Tensor) -> None:
@@ -192,11 +174,10 @@ def main(arguments: list[str] | None = None) -> None:
         digits[:, None], labels, test_size=0.2, stratify=labels, random_state=flags.seed
     )
     teacher_key, key = random.split(random.key(flags.seed))
-    own = {"epochs": flags.teacher_epochs, "rate": 5e-3, "name": "conv net"}
-    teacher = train(teacher_key, cnn, train_x, train_y, **own)
+    teacher = train(teacher_key, cnn, train_x, train_y, epochs=flags.teacher_epochs, rate=5e-3)
     own = {"epochs": flags.epochs, "rate": 2e-3}
-    plain = train(key, vit, train_x, train_y, name="ViT", **own)
-    taught = train(key, vit, train_x, train_y, name="ViT, distilled", teacher=teacher, **own)
+    plain = train(key, vit, train_x, train_y, **own)
+    taught = train(key, vit, train_x, train_y, teacher=teacher, **own)
 
     console = Console()
     networks = {"conv net": teacher, "ViT": plain, "ViT, distilled": taught}

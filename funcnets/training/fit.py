@@ -153,18 +153,33 @@ class _Means:
     """The means of metrics, over the steps in which they are finite."""
 
     def __init__(self) -> None:
-        self._total: Any = None
+        self._rows: list[dict[str, Tensor]] = []
+        self._sums: dict[str, tuple[Any, Any]] = {}
 
     def add(self, metrics: dict[str, Tensor]) -> None:
-        new = {}
-        for name, value in metrics.items():
-            if name != "nonfinite":
-                value, finite = value.detach().to(torch.float64), value.isfinite()
-                new[name] = torch.where(finite, value, 0.0), finite.to(torch.float64)
-        self._total = new if self._total is None else tree.map(torch.add, self._total, new)
+        # In every step a copy alone, the rest now and then: a small network's step takes so little.
+        self._rows.append(
+            {
+                name: value.detach().to(torch.float64, copy=True)
+                for name, value in metrics.items()
+                if name != "nonfinite"
+            }
+        )
+        if len(self._rows) == 100:
+            self._sum()
 
     def read(self) -> dict[str, Tensor]:
-        return {name: total / count for name, (total, count) in self._total.items()}
+        self._sum()
+        return {name: total / count for name, (total, count) in self._sums.items()}
+
+    def _sum(self) -> None:
+        for name in self._rows[0] if self._rows else ():
+            values = torch.stack([row[name] for row in self._rows])
+            finite = values.isfinite()
+            total, count = self._sums.get(name, (0.0, 0))
+            total = total + torch.where(finite, values, 0.0).sum(0)
+            self._sums[name] = total, count + finite.sum(0)
+        self._rows = []
 
 
 def _done(stopping: EarlyStopping | None, state: State) -> bool:

@@ -52,7 +52,7 @@ def test_the_text_as_numbers(script, text_file):
 def test_an_epoch_reads_all_of_the_text_once(script):
     tokens, context = torch.arange(100), 7
     places = script.starts(KEY, len(tokens), context, 30)
-    read = script.windows(tokens, places, context)
+    read = tokens.unfold(0, context + 1, 1)[places]
     assert read.shape == (30, 8)
     for epoch in (read[:13], read[13:26]):
         seen = epoch[:, :-1].flatten().sort().values
@@ -114,15 +114,15 @@ def test_stopped_and_resumed_it_ends_as_if_never_stopped(
     class StopError(Exception):
         pass
 
-    write = script.write_checkpoint
+    save = script.training.Checkpoints.save
     for at in (4, 6):  # of each run, stopped when this step has been written
 
-        def write_and_stop(path, state, metadata, at=at):
-            write(path, state, metadata)
-            if int(state.step) == at < 6:
+        def save_and_stop(self, state, step, metadata, at=at):
+            save(self, state, step, metadata)
+            if step == at < 6:
                 raise StopError
 
-        monkeypatch.setattr(script, "write_checkpoint", write_and_stop)
+        monkeypatch.setattr(script.training.Checkpoints, "save", save_and_stop)
         options = "--steps", 6, "--every", 2, "--resume", "--networks", "gpt"
         if at < 6:
             with pytest.raises(StopError):
@@ -131,16 +131,21 @@ def test_stopped_and_resumed_it_ends_as_if_never_stopped(
             run(script, monkeypatch, text_file, parts, *options)
     ended = [script.funcnets.load(folder / "gpt.safetensors")[1] for folder in (whole, parts)]
     assert all(tree.leaves(tree.map(torch.equal, *ended)))
-    records = [
-        script.funcnets.read_metadata(folder / "gpt_checkpoint.safetensors")
+    histories = [
+        script.funcnets.read_metadata(
+            script.training.Checkpoints(folder / "gpt_checkpoints").path(6)
+        )["history"]
         for folder in (whole, parts)
     ]
-    assert records[0]["validation"] == records[1]["validation"]
-    assert [step for step, _ in records[0]["validation"]] == [2, 4, 6]
+    for history in histories:
+        assert [record["step"] for record in history] == [2, 4, 6]
+        assert [len(record["losses"]) for record in history] == [2, 2, 2]
+    for name in ("evaluation", "losses"):
+        assert [r[name] for r in histories[0]] == [r[name] for r in histories[1]]
 
     assert (whole / "losses.png").stat().st_size > 10_000
     printed = capsys.readouterr().out
     assert "lstm" in printed
     assert "the " in printed
-    with pytest.raises(ValueError, match=r"gpt_checkpoint\.safetensors: expected a checkpoint of"):
+    with pytest.raises(ValueError, match="gpt_checkpoints: expected a checkpoint of"):
         run(script, monkeypatch, text_file, parts, "--steps", 8, "--resume", "--networks", "gpt")

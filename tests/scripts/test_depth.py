@@ -25,10 +25,8 @@ def test_growing_changes_no_logit_and_training_goes_on(script):
     digits = script.read_digits(0)
     assert len(digits.train_y) + len(digits.test_y) == 1797
     few = script.Digits(*(part[:130] for part in digits))
-    epochs = []
-    phases, change = script.grow_and_train(few, 1, random.key(0), lambda: epochs.append(1))
+    phases, change = script.grow_and_train(few, 1, random.key(0))
     assert change < 1e-5
-    assert len(epochs) == 4
     assert [len(phase.accuracy) for phase in phases.values()] == [1, 1, 2]
     small, grown, fresh = (tree.count(phase.params) for phase in phases.values())
     assert 4 * small < grown == fresh

@@ -64,7 +64,7 @@ def test_the_better_half_of_the_members_is_kept(monkeypatch):
 
     known = Windows(torch.ones(4, 5), torch.zeros(4, 3))
     monkeypatch.setitem(script["train"].__globals__, "BATCH", 4)
-    arguments = {"members": 5, "epochs": 1, "key": random.key(0), "advance": lambda: None}
+    arguments = {"members": 5, "epochs": 1, "key": random.key(0)}
     found = script["train"](Model(init, apply), known, known, **arguments)["linear", "weight"]
     first = random.split(random.key(0), 4)[0]
     begun = vmap(init)(random.split(first, 5))["linear", "weight"]

@@ -47,6 +47,19 @@ def test_a_record_every_so_many_steps(every):
     json.dumps(history)
 
 
+def test_the_means_are_over_the_steps_in_which_a_metric_is_finite():
+    def step(state, batch):
+        number = state.step.float()
+        lost = torch.where(state.step % 3 == 0, torch.nan, number)
+        return state._replace(step=state.step + 1), {"loss": lost, "number": number}
+
+    _, history = training.fit(step, start(make(), mlp()), [0], steps=250, every=220)
+    for record, steps in zip(history, (range(220), range(220, 250)), strict=True):
+        finite = [number for number in steps if number % 3]
+        assert record["training"]["loss"] == pytest.approx(sum(finite) / len(finite))
+        assert record["training"]["number"] == pytest.approx(sum(steps) / len(steps))
+
+
 def test_a_callback_may_change_the_state():
     step = make()
 
