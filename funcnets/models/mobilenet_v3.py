@@ -24,6 +24,7 @@ from funcnets.layers import (
     linear,
     with_buffers,
 )
+from funcnets.layers.activations import ACTIVATIONS
 from funcnets.model import Model, bind
 from funcnets.models import blocks, stages
 from funcnets.models.stages import divisible
@@ -112,7 +113,9 @@ class Config:
         )
         blocks.check_rate("mobilenet_v3", "dropout", self.dropout)
         for i, block in enumerate(rows):
-            activation(block.activation)
+            blocks.check_choice(
+                "mobilenet_v3", f"blocks[{i}].activation", block.activation, tuple(ACTIVATIONS)
+            )
             blocks.check_choice("mobilenet_v3", f"blocks[{i}].stride", block.stride, (1, 2))
             if block.kernel_size % 2 == 0:
                 raise ValueError(

@@ -118,7 +118,7 @@ def residual_mlp(
     """
     config = Config(
         in_features,
-        heads if isinstance(heads, int) else tuple(dict(heads).items()),
+        tuple(dict(heads).items()) if isinstance(heads, Mapping | tuple | list) else heads,
         width,
         depth,
         expansion,

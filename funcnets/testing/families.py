@@ -621,7 +621,8 @@ WRONG: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("merge", "output", "positions", "share", "fusion", "gate"), CHOICE),
     **dict.fromkeys(("encoder", "base", "shallow", "deep", "encoders"), KIND),
     **dict.fromkeys(("stages", "exits", "blocks"), KIND),
-    **dict.fromkeys(("heads", "expansion"), (0, -1)),
+    "heads": SIZE,
+    "expansion": (0, -1),
     "dims": (0, 4),
     "version": (0, 3),
 }
