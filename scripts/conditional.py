@@ -4,8 +4,9 @@ Half of the images are clean digits (scikit-learn's); the others lie under noise
 digits. A network with two exits learns both. Then it is measured: the time of a batch as the share
 of hard samples goes from none to all, each sample going the way of its flag (`funcnets.route`),
 beside the shallow and the deep path for everybody; and the accuracy that a given time buys, as the
-threshold of confidence of the early exit goes from 0 to 1. Run it with
-``uv run scripts/conditional.py``; it takes about a minute.
+threshold of confidence of the early exit goes from 0 to 1, and by gates that learn before either
+path is taken whether the deep one is worth its price. Run it with
+``uv run scripts/conditional.py``; it takes about two minutes.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import matplotlib
 
@@ -34,6 +35,13 @@ from torch import Tensor
 from funcnets import Model, layers, models, optim, random, training
 
 SIDE = 16
+GATES: tuple[Literal["straight_through", "gumbel"], ...] = ("straight_through", "gumbel")
+
+
+class Width(NamedTuple):
+    """How many features the trunk gives, for the gate that reads them."""
+
+    out_features: int
 
 
 def trunk(params: TensorDict, x: Tensor, *, train: bool = False, key: Any = None) -> Any:
@@ -46,13 +54,14 @@ def unchanged(params: TensorDict, h: Tensor, *, train: bool = False, key: Any = 
     return layers.finish(h, {}, train)
 
 
-BASE = Model(init=lambda key: layers.init_conv_norm(key, 1, 16), apply=trunk)
+BASE = Model(lambda key: layers.init_conv_norm(key, 1, 16), trunk, config=Width(16))
 SHALLOW = models.cnn(in_channels=16, num_classes=10, widths=(24, 48))
 DEEP = models.resnet("basic", (2, 2), 10, in_channels=16, width=32, stem="small")
 EXITS = models.early_exit(
     [BASE, Model(init=lambda key: TensorDict({}), apply=unchanged)], [SHALLOW, DEEP]
 )
 FLAGGED = models.gated(BASE, SHALLOW, DEEP)
+GATED = {kind: models.gated(BASE, SHALLOW, DEEP, gate=kind) for kind in GATES}
 
 
 def make_images(key: random.Key, digits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -74,21 +83,57 @@ def loss(logits: list[Tensor], labels: Tensor) -> Tensor:
     return F.cross_entropy(shallow, labels) + F.cross_entropy(deep, labels)
 
 
+def epochs_of(digits: Tensor, labels: Tensor, batch: int) -> Callable[[random.Key], training.Epoch]:
+    """``epoch(key)``: batches of images that are made anew."""
+
+    def epoch(key: random.Key) -> training.Epoch:
+        image_key, order_key = random.split(key).unbind()
+        images, same, _ = make_images(image_key, digits, labels)
+        return training.minibatches((images, same), batch, drop_last=True)(order_key)
+
+    return epoch
+
+
 def train(digits: Tensor, labels: Tensor, epochs: int, seed: int) -> TensorDict:
     """The parameters of the network with two exits."""
     init_key, run_key = random.split(random.key(seed)).unbind()
     batch = 64
     rate = optim.schedules.one_cycle(3e-3, steps=epochs * (len(digits) // batch))
-    optimizer = optim.adamw(rate, weight_decay=0.05)
-    step = training.make_step(EXITS, loss, optimizer, nonfinite=None)
+    step = training.make_step(EXITS, loss, optim.adamw(rate, weight_decay=0.05), nonfinite=None)
+    state = step.init(EXITS.init(init_key), run_key)
+    state, _ = training.fit(step, state, epochs_of(digits, labels, batch), epochs=epochs)
+    return training.parameters(state)
 
-    def epoch(key: random.Key) -> training.Epoch:
-        """The batches of an epoch, its images made anew."""
-        image_key, order_key = random.split(key).unbind()
-        images, same, _ = make_images(image_key, digits, labels)
-        return training.minibatches((images, same), batch, drop_last=True)(order_key)
 
-    state, _ = training.fit(step, step.init(EXITS.init(init_key), run_key), epoch, epochs=epochs)
+def train_gate(
+    model: Model,
+    params: TensorDict,
+    price: float,
+    digits: Tensor,
+    labels: Tensor,
+    epochs: int,
+    key: random.Key,
+) -> TensorDict:
+    """Parameters whose gate has learned, between paths that stay as they are.
+
+    The deep path costs as much as ``price`` in the cross-entropy.
+    """
+
+    def loss(
+        params: TensorDict, batch: tuple[Tensor, Tensor], key: random.Key
+    ) -> tuple[Tensor, dict[str, Tensor], TensorDict]:
+        x, y = batch
+        found, _ = model.apply(params, x, train=True, key=key)
+        share = found["gate"].mean()
+        value = F.cross_entropy(found["outputs"], y) + price * share
+        return value, {"deep": share}, TensorDict({})  # the statistics stay as they are, too
+
+    adam = optim.adamw(optim.schedules.one_cycle(0.1, steps=epochs * (len(digits) // 64)))
+    step = training.make_step(None, loss, adam, trainable="gate", nonfinite=None)
+    init_key, run_key = random.split(key).unbind()
+    begin = params.clone().set("gate", layers.init_linear(init_key, 16, 1))
+    state = step.init(begin, run_key)
+    state, _ = training.fit(step, state, epochs_of(digits, labels, 64), epochs=epochs)
     return training.parameters(state)
 
 
@@ -113,6 +158,7 @@ def main() -> None:
     """Trains, measures and draws."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--gate-epochs", type=int, default=5, help="of each learned gate")
     parser.add_argument("--batch", type=int, default=256, help="of the measured times")
     parser.add_argument("--rounds", type=int, default=9, help="of each measurement")
     parser.add_argument("--seed", type=int, default=0)
@@ -166,6 +212,28 @@ def main() -> None:
         )
     console.print(table)
 
+    prices, gates, runs = [0.02, 0.1, 0.3], {}, {}
+    for kind, model in GATED.items():
+        for i, price in enumerate(prices):
+            own = train_gate(
+                *(model, paths, price, train_x, train_y, flags.gate_epochs),
+                random.fold_in(random.key(flags.seed), i),
+            )
+            gates[kind, price] = model.apply(own, x)
+            runs[kind, price] = functools.partial(model.apply, own, x)
+    gate_spent = seconds(runs, flags.rounds)
+    table = Table(title="learned gates: accuracy by what is spent")
+    for column in ("gate", "price", "deep %", "of the hard %", "accuracy %", "us a sample"):
+        table.add_column(column, justify="left" if column == "gate" else "right")
+    learned = {}
+    for (kind, price), outputs in gates.items():
+        deep = (outputs["gate"] > 0.5).float()
+        learned[kind, price] = 100 * (outputs["outputs"].argmax(1) == y).float().mean().item()
+        cells = 100 * deep.mean(), 100 * deep[hard].mean(), learned[kind, price]
+        each = f"{1e6 * gate_spent[kind, price] / len(x):.0f}"
+        table.add_row(kind, f"{price:g}", *(f"{cell:.1f}" for cell in cells), each)
+    console.print(table)
+
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     left.plot(shares, [1e3 * taken[s] for s in shares], "o-", label="each its own way (route)")
     left.plot(shares, [1e3 * ideal[s] for s in shares], "k--", lw=1, label="ideal")
@@ -173,11 +241,17 @@ def main() -> None:
     left.axhline(1e3 * taken[0.0], color="tab:green", lw=1, label="shallow for all")
     left.set(xlabel="share of hard samples", ylabel="time of a batch / ms", ylim=(0, None))
     left.legend()
-    right.plot([1e6 * s / len(x) for s in spent.values()], list(accuracy.values()), "o-")
+    times = [1e6 * s / len(x) for s in spent.values()]
+    right.plot(times, list(accuracy.values()), "o-", label="early exit, by threshold")
+    for kind, marker in zip(GATED, ("s", "^"), strict=True):
+        times = [1e6 * gate_spent[kind, price] / len(x) for price in prices]
+        values = [learned[kind, price] for price in prices]
+        right.plot(times, values, marker, label=f"learned gate ({kind.replace('_', '-')})")
     for limit in thresholds[::2]:
         place = 1e6 * spent[limit] / len(x), accuracy[limit]
         right.annotate(f"{limit:g}", place, textcoords="offset points", xytext=(4, -10), fontsize=8)
-    right.set(xlabel="time of a sample / us", ylabel="accuracy / %", title="by threshold")
+    right.set(xlabel="time of a sample / us", ylabel="accuracy / %")
+    right.legend()
     flags.output.mkdir(parents=True, exist_ok=True)
     figure.savefig(flags.output / "conditional.png", dpi=110)
     console.print(f"figure in {flags.output}")

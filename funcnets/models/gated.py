@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import torch
+from einops import reduce
 from tensordict import TensorDict
 from torch import Tensor
 
@@ -69,8 +70,9 @@ def gated(
     batch.
 
     Args:
-        base: from inputs to features [batch, ...]; for a gate, [batch, features], where the
-            model's config tells how many, as that of every family does.
+        base: from inputs to features [batch, ...]; for a gate [batch, features, *spatial], of which
+            it sees the means over space, and the model's config tells how many features there are,
+            as that of every family does.
         shallow: from features to outputs.
         deep: the same, at more cost.
 
@@ -116,7 +118,8 @@ def forward(
     h, new["base"] = tap.run("base", config.base, params["base"], x, train=train, key=keys[0])
     gate = None
     if deep is None:
-        gate = tap("gate", linear(params["gate"], h)[..., 0])
+        seen = reduce(h, "batch features ... -> batch features", "mean") if h.ndim > 2 else h
+        gate = tap("gate", linear(params["gate"], seen)[..., 0])
     if train and (gate is not None or (isinstance(deep, Tensor) and deep.ndim)):
         both = {}
         for name, model, one in (("shallow", config.shallow, 1), ("deep", config.deep, 2)):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from funcnets import random
+from funcnets import random, tree
 
 PATH = Path(__file__).parents[2] / "scripts" / "conditional.py"
 KEY = random.key(3)
@@ -42,11 +42,36 @@ def test_the_flag_chooses_between_the_two_exits_of_the_same_parameters(script):
     torch.testing.assert_close(outputs, torch.where(way[:, None], deep, shallow))
 
 
+def test_a_gate_learns_alone_and_heeds_its_price(script):
+    digits, labels = random.uniform(KEY, (200, 8, 8)), torch.arange(200) % 10
+    params = script.flagged(script.EXITS.init(KEY))
+    x = random.uniform(KEY, (50, 1, 16, 16))
+    for kind, model in script.GATED.items():
+        dear = script.train_gate(model, params, 100.0, digits, labels, 3, KEY)
+        assert model.apply(dear, x)["gate"].max() < 0.5
+        free = script.train_gate(model, params, -100.0, digits, labels, 3, KEY)
+        assert model.apply(free, x)["gate"].min() > 0.5, kind
+        after = dict(tree.leaves_with_path(dear))
+        assert all(torch.equal(after[path], leaf) for path, leaf in tree.leaves_with_path(params))
+
+
 def test_from_end_to_end(script, tmp_path, monkeypatch, capsys):
-    options = ["--epochs", "1", "--rounds", "1", "--batch", "16", "--output", str(tmp_path)]
+    options = [
+        "--epochs",
+        "1",
+        "--gate-epochs",
+        "1",
+        "--rounds",
+        "1",
+        "--batch",
+        "16",
+        "--output",
+        str(tmp_path),
+    ]
     monkeypatch.setattr(sys, "argv", ["conditional.py", *options])
     script.main()
     assert (tmp_path / "conditional.png").stat().st_size > 10_000
     printed = capsys.readouterr().out
     assert "each sample by its flag" in printed
-    assert "accuracy by what is spent" in printed
+    assert "early exits: accuracy by what is spent" in printed
+    assert printed.count("gumbel") == printed.count("straight_through") == 3
