@@ -42,7 +42,7 @@ def grad(
 
     @functools.wraps(f)
     def gradient(*args: Any, **kwargs: Any) -> Any:
-        gradients, value = grad_and_value(f, argnums, has_aux)(*args, **kwargs)
+        gradients, value = _gradient_and_value(f, argnums, has_aux, args, kwargs)
         return (gradients, value[1]) if has_aux else gradients
 
     return gradient
@@ -61,40 +61,45 @@ def grad_and_value(
 
     @functools.wraps(f)
     def gradient_and_value(*args: Any, **kwargs: Any) -> Any:
-        chosen = (argnums,) if isinstance(argnums, int) else argnums
-        if (found := _plain(args, kwargs, chosen)) is None:
-            return torch.func.grad_and_value(f, argnums, has_aux)(*args, **kwargs)
-        given = list(args)
-        leaves: list[Tensor] = []
-        structures = []
-        for place, (held, structure) in zip(chosen, found, strict=True):
-            tracked = [leaf.detach().requires_grad_() for leaf in held]
-            given[place] = tree.unflatten(structure, tracked)
-            leaves += tracked
-            structures.append((structure, len(tracked)))
-        with torch.enable_grad():
-            result = f(*given, **kwargs)
-        pair = isinstance(result, tuple) and len(result) == 2
-        value, aux = result if has_aux and pair else (result, None)
-        if (
-            pair != has_aux
-            or not isinstance(value, Tensor)
-            or value.ndim
-            or not value.requires_grad
-        ):
-            # torch says what is wrong with it, and gives zeros where it depends on no argument.
-            return torch.func.grad_and_value(f, argnums, has_aux)(*args, **kwargs)
-        rest = iter(torch.autograd.grad(value, leaves, materialize_grads=True))
-        gradients = tuple(
-            tree.unflatten(structure, [next(rest) for _ in range(count)])
-            for structure, count in structures
-        )
-        value, aux = tree.map(_detached, (value, aux))
-        return gradients[0] if isinstance(argnums, int) else gradients, (
-            (value, aux) if has_aux else value
-        )
+        return _gradient_and_value(f, argnums, has_aux, args, kwargs)
 
     return gradient_and_value
+
+
+def _gradient_and_value(
+    f: Callable[..., Any],
+    argnums: int | tuple[int, ...],
+    has_aux: bool,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> tuple[Any, Any]:
+    chosen = (argnums,) if isinstance(argnums, int) else argnums
+    if (found := _plain(args, kwargs, chosen)) is None:
+        return torch.func.grad_and_value(f, argnums, has_aux)(*args, **kwargs)
+    given = list(args)
+    leaves: list[Tensor] = []
+    structures = []
+    for place, (held, structure) in zip(chosen, found, strict=True):
+        tracked = [leaf.detach().requires_grad_() for leaf in held]
+        given[place] = tree.unflatten(structure, tracked)
+        leaves += tracked
+        structures.append((structure, len(tracked)))
+    with torch.enable_grad():
+        result = f(*given, **kwargs)
+    pair = isinstance(result, tuple) and len(result) == 2
+    value, aux = result if has_aux and pair else (result, None)
+    if pair != has_aux or not isinstance(value, Tensor) or value.ndim or not value.requires_grad:
+        # torch says what is wrong with it, and gives zeros where it depends on no argument.
+        return torch.func.grad_and_value(f, argnums, has_aux)(*args, **kwargs)
+    rest = iter(torch.autograd.grad(value, leaves, materialize_grads=True))
+    gradients = tuple(
+        tree.unflatten(structure, [next(rest) for _ in range(count)])
+        for structure, count in structures
+    )
+    value, aux = tree.map(_detached, (value, aux))
+    return gradients[0] if isinstance(argnums, int) else gradients, (
+        (value, aux) if has_aux else value
+    )
 
 
 def _plain(

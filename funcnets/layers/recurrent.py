@@ -12,7 +12,9 @@ pass, and a state that is detached in between cuts the gradient (truncated backp
 
 torch's own kernel computes where it can. It cannot under vmap, forward mode and second derivatives
 of torch.func, nor where a compiler records what runs; there the inputs go through their weights at
-all times at once, and `funcnets.scan` runs over what remains.
+all times at once, and `funcnets.scan` runs over what remains. Take first derivatives of an LSTM by
+`funcnets.grad`: ``torch.func.grad`` always asks for a backward pass that can be differentiated
+again, which torch's kernel of an LSTM on the CPU has step by step alone, several times as slow.
 """
 
 from __future__ import annotations

@@ -118,7 +118,7 @@ def encoder_layer(
         )
         return outputs, None
 
-    return _encode(params, x, attend, norm_first, activation, norm, eps, dropout, keys)[0]
+    return _parts(params, x, attend, norm_first, activation, norm, eps, dropout, keys)[0]
 
 
 def cached_encoder_layer(
@@ -162,7 +162,7 @@ def cached_encoder_layer(
             tap=tap,
         )
 
-    return _encode(params, x, attend, norm_first, activation, norm, eps, dropout, keys)
+    return _parts(params, x, attend, norm_first, activation, norm, eps, dropout, keys)
 
 
 def init_decoder_layer(
@@ -264,8 +264,8 @@ def decoder_layer(
             fused=fused,
         )
 
-    return _decode(
-        params, x, attend, attend_to_memory, norm_first, activation, norm, eps, dropout, keys
+    return _parts(
+        params, x, attend, norm_first, activation, norm, eps, dropout, keys, attend_to_memory
     )[0]
 
 
@@ -310,41 +310,12 @@ def cached_decoder_layer(
             tap=memory_tap,
         )
 
-    return _decode(
-        params, x, attend, attend_to_memory, norm_first, activation, norm, eps, dropout, keys
+    return _parts(
+        params, x, attend, norm_first, activation, norm, eps, dropout, keys, attend_to_memory
     )
 
 
-def _decode(
-    params: TensorDict,
-    x: Tensor,
-    attend: Callable[[Tensor], tuple[Tensor, _State]],
-    attend_to_memory: Callable[[Tensor], Tensor],
-    norm_first: bool,
-    activation: FeedForward,
-    norm: Norm,
-    eps: float | None,
-    dropout: Rate,
-    keys: tuple[Tensor | None, ...],
-) -> tuple[Tensor, _State]:
-    found = entries(params)
-
-    def remember(x: Tensor) -> tuple[Tensor, None]:
-        return attend_to_memory(x), None
-
-    def feed(x: Tensor) -> tuple[Tensor, None]:
-        return feed_forward(params, x, activation=activation, dropout=dropout, key=keys[2]), None
-
-    def normed(name: str) -> Callable[[Tensor], Tensor]:
-        return lambda x: _norm(found[name], x, norm, eps)
-
-    x, state = _part(x, attend, normed("norm1"), norm_first, dropout, keys[1])
-    x, _ = _part(x, remember, normed("norm2"), norm_first, dropout, keys[5])
-    x, _ = _part(x, feed, normed("norm3"), norm_first, dropout, keys[3])
-    return x, state
-
-
-def _encode(
+def _parts(
     params: TensorDict,
     x: Tensor,
     attend: Callable[[Tensor], tuple[Tensor, _State]],
@@ -354,35 +325,27 @@ def _encode(
     eps: float | None,
     dropout: Rate,
     keys: tuple[Tensor | None, ...],
+    attend_to_memory: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, _State]:
+    """The parts of a layer, each within its shortcut, and the state that attention gives."""
     found = entries(params)
 
-    def feed(x: Tensor) -> tuple[Tensor, None]:
-        return feed_forward(params, x, activation=activation, dropout=dropout, key=keys[2]), None
+    def before(name: str, x: Tensor) -> Tensor:
+        return _norm(found[name], x, norm, eps) if norm_first else x
 
-    def norm1(x: Tensor) -> Tensor:
-        return _norm(found["norm1"], x, norm, eps)
+    def behind(name: str, x: Tensor, added: Tensor, key: Tensor | None) -> Tensor:
+        x = x + dropout_if(key, added, dropout)
+        return x if norm_first else _norm(found[name], x, norm, eps)
 
-    def norm2(x: Tensor) -> Tensor:
-        return _norm(found["norm2"], x, norm, eps)
-
-    x, state = _part(x, attend, norm1, norm_first, dropout, keys[1])
-    x, _ = _part(x, feed, norm2, norm_first, dropout, keys[3])
-    return x, state
-
-
-def _part(
-    x: Tensor,
-    f: Callable[[Tensor], tuple[Tensor, _State]],
-    norm: Callable[[Tensor], Tensor],
-    norm_first: bool,
-    dropout: Rate,
-    key: Tensor | None,
-) -> tuple[Tensor, _State]:
-    """A part of the layer within its shortcut, and the state that it gives."""
-    added, state = f(norm(x) if norm_first else x)
-    x = x + dropout_if(key, added, dropout)
-    return (x if norm_first else norm(x)), state
+    added, state = attend(before("norm1", x))
+    x, last = behind("norm1", x, added, keys[1]), "norm2"
+    if attend_to_memory is not None:
+        added = attend_to_memory(before("norm2", x))
+        x, last = behind("norm2", x, added, keys[5]), "norm3"
+    added = feed_forward(
+        params, before(last, x), activation=activation, dropout=dropout, key=keys[2]
+    )
+    return behind(last, x, added, keys[3]), state
 
 
 def _keys(key: Tensor | None, dropout: Rate, num: int) -> tuple[Tensor | None, ...]:

@@ -59,7 +59,7 @@ from funcnets.models.resnet import (
     wide_resnet50_2,
     wide_resnet101_2,
 )
-from funcnets.models.seq2seq import seq2seq
+from funcnets.models.seq2seq import seq2seq, seq2seq_cache
 from funcnets.models.siamese import siamese
 from funcnets.models.swin import swin, swin_b, swin_s, swin_t, swin_v2_b, swin_v2_s, swin_v2_t
 from funcnets.models.transformer import (
@@ -142,6 +142,7 @@ __all__ = [
     "resnext101_32x8d",
     "resnext101_64x4d",
     "seq2seq",
+    "seq2seq_cache",
     "siamese",
     "swin",
     "swin_b",

@@ -14,7 +14,8 @@ from torch import Tensor
 from funcnets import layers, random, tree
 from funcnets.control import scan
 from funcnets.layers.dropout import Rate
-from funcnets.layers.params import check_dtype
+from funcnets.layers.key_value_cache import new_places
+from funcnets.layers.params import check_dtype, entries
 from funcnets.model import Model, bind
 from funcnets.models import blocks
 from funcnets.models.recurrent import (
@@ -27,6 +28,7 @@ from funcnets.models.recurrent import (
     run,
 )
 from funcnets.taps import Taps, TapsLike
+from funcnets.tree.flatten import tensordict
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,13 @@ def seq2seq(
     integers below ``out_features`` (targets [batch, steps]), of which the outputs are the logits;
     the decoder's own is then the likeliest, or with ``draw=True`` and a key drawn.
 
+    ``apply(params, None, targets, cache=cache)`` gives ``(outputs, cache)`` for elements that
+    follow those in the cache, which begins as `seq2seq_cache`: the outputs are what comes after
+    each of them. The first element of all stands for the beginning: ``start`` takes its place,
+    whatever it is. With ``lengths`` [batch], only that many elements of each row are real, and go
+    into the state. So ``partial(model.apply, params, None)`` is what `funcnets.generation` writes
+    with.
+
     Parameters are ``encoder`` and ``decoder`` (named as in torch.nn; without an encoder ``state``),
     ``start`` (what the decoder is given first), ``head``, and for integers ``embedding`` and
     ``targets_embedding``. Taps are ``embedding``, ``encoder`` and ``state``, the decoder's first.
@@ -151,6 +160,33 @@ def seq2seq(
     return bind("seq2seq", config, init, forward)
 
 
+def seq2seq_cache(
+    params: TensorDict,
+    config: Config,
+    x: Float[Tensor, "batch *time in_features"] | Int[Tensor, "batch time"],
+    lengths: Int[Tensor, " batch"] | None = None,
+) -> TensorDict:
+    """The cache with which the decoder begins: the state that x leaves, and no element yet.
+
+    ``h`` [batch, num_layers, width], for an LSTM also ``c``, and ``length`` [batch].
+
+    Args:
+        x, lengths: as `seq2seq` takes them.
+
+    >>> from functools import partial
+    >>> from funcnets.generation import greedy
+    >>> model = seq2seq(3, 10, tokens=True, hidden_size=8)
+    >>> params, x = model.init(random.key(0)), torch.ones(5, 7, 3)
+    >>> cache, begin = seq2seq_cache(params, model.config, x), torch.zeros(5, 1, dtype=torch.int64)
+    >>> written = greedy(partial(model.apply, params, None), begin, 4, cache=cache)
+    >>> torch.equal(written.tokens[:, 1:], model.apply(params, x, steps=4).argmax(-1))
+    True
+    """
+    _check(params, x, None, 1, config)
+    state = _encode(params, x, lengths, config, None, Taps("seq2seq_cache", ()))
+    return _cache(state, torch.zeros(len(x), dtype=torch.int64, device=x.device))
+
+
 def init(key: random.Key, config: Config) -> TensorDict:
     """The parameters."""
     encoder_key, decoder_key, head_key, in_key, out_key = random.split(key, 5).unbind()
@@ -187,11 +223,12 @@ def init(key: random.Key, config: Config) -> TensorDict:
 
 def forward(
     params: TensorDict,
-    x: Float[Tensor, "batch *time in_features"] | Int[Tensor, "batch time"],
+    x: Float[Tensor, "batch *time in_features"] | Int[Tensor, "batch time"] | None,
     targets: Float[Tensor, "batch steps out_features"] | Int[Tensor, "batch steps"] | None = None,
     lengths: Int[Tensor, " batch"] | None = None,
     *,
     config: Config,
+    cache: TensorDict | None = None,
     steps: int | None = None,
     sampling: Rate | None = None,
     draw: bool = False,
@@ -199,14 +236,21 @@ def forward(
     key: random.Key | None = None,
     taps: TapsLike = (),
 ) -> Any:
-    """The outputs; in training with (no) new buffers."""
+    """The outputs, with a cache also the new one; in training with (no) new buffers."""
+    drops, tap = train and config.dropout > 0, Taps("seq2seq", taps)
+    if cache is not None:
+        _check_cached(params, x, targets, cache, config)
+        assert targets is not None
+        keys = blocks.draw_keys("seq2seq", key, drops, 1)
+        result = _go_on(params, targets, lengths, cache, config, None if keys is None else keys[0])
+        return tap.finish(result, {}, train)
+    if x is None:
+        raise ValueError("seq2seq: x: expected a tensor without a cache, got None")
     count = _check(params, x, targets, steps, config)
     rate = config.sampling if sampling is None else sampling
     samples = train and targets is not None and (isinstance(rate, Tensor) or rate > 0)
     alone = targets is None or samples
-    drops = train and config.dropout > 0
     keys = blocks.draw_keys("seq2seq", key, drops or samples or (draw and alone), 2)
-    tap = Taps("seq2seq", taps)
     state = _encode(params, x, lengths, config, keys[0] if drops else None, tap)
     given = repeat(params["start"], "inner -> batch 1 inner", batch=x.shape[0])
     if targets is not None and not samples:
@@ -235,6 +279,37 @@ def forward(
     _, outputs = scan(turn, (given, state), xs, length=count, unroll=config.unroll)
     outputs = rearrange(outputs, "steps batch 1 features -> batch steps features")
     return tap.finish(outputs, {}, train)
+
+
+def _go_on(
+    params: TensorDict,
+    targets: Tensor,
+    lengths: Tensor | None,
+    cache: TensorDict,
+    config: Config,
+    key: random.Key | None,
+) -> tuple[Tensor, TensorDict]:
+    """The outputs after each of the elements that follow those in the cache, and the new one."""
+    places = new_places(cache["length"], targets.shape[1])
+    begins = rearrange(places == 0, "batch time -> batch time 1")
+    given = torch.where(begins, params["start"], _embed(params, targets, config))
+    held = {name: part for name, part in cache.items() if name != "length"}
+    pattern = "batch layers width -> layers batch width"
+    parts = tuple(rearrange(part, pattern).contiguous() for part in held.values())
+    state = parts if config.cell == "lstm" else parts[0]
+    outputs, new = _decode(params, given, state, config, key, lengths)
+    # Under autocast the state may be of another dtype than what went in.
+    new = tree.map(lambda n, o: n.to(o.dtype), new, state)
+    return outputs, _cache(
+        new, cache["length"] + (targets.shape[1] if lengths is None else lengths)
+    )
+
+
+def _cache(state: State, length: Tensor) -> TensorDict:
+    parts = state if isinstance(state, tuple) else (state,)
+    pattern = "layers batch width -> batch layers width"
+    held = {name: rearrange(part, pattern) for name, part in zip("hc", parts, strict=False)}
+    return tensordict({**held, "length": length})
 
 
 def _encode(
@@ -273,14 +348,21 @@ def _merge(part: Tensor, config: Config) -> Tensor:
 
 
 def _decode(
-    params: TensorDict, given: Tensor, state: State, config: Config, key: random.Key | None
+    params: TensorDict,
+    given: Tensor,
+    state: State,
+    config: Config,
+    key: random.Key | None,
+    lengths: Tensor | None = None,
 ) -> tuple[Tensor, State]:
     """Outputs [batch, time, out_features] of a decoder given [batch, time, inner]."""
     layer_key = head_key = None
     if key is not None:
         layer_key, head_key = random.split(key).unbind()
     options: dict[str, Any] = {"dropout": config.dropout, "unroll": config.unroll}
-    hidden, state = run(config.cell, params["decoder"], given, state, key=layer_key, **options)
+    hidden, state = run(
+        config.cell, params["decoder"], given, state, lengths, key=layer_key, **options
+    )
     if head_key is not None:
         hidden = layers.dropout(head_key, hidden, config.dropout)
     return layers.linear(params["head"], hidden), state
@@ -318,13 +400,7 @@ def _check(
         if count < 1:
             raise ValueError(f"seq2seq: steps: expected at least 1, got {count}")
         return count
-    if config.tokens == targets.is_floating_point():
-        kind = "integers" if config.tokens else f"{weight.dtype}"
-        raise ValueError(f"seq2seq: targets: expected {kind}, got {targets.dtype}")
-    axes = () if config.tokens else (config.out_features,)
-    if targets.ndim != 2 + len(axes) or targets.shape[2:] != axes or not targets.shape[1]:
-        expected = ", ".join(["batch", "steps of at least 1", *map(str, axes)])
-        raise ValueError(f"seq2seq: targets: expected [{expected}], got {list(targets.shape)}")
+    _check_targets(targets, weight.dtype, config)
     if targets.shape[0] != x.shape[0]:
         raise ValueError(
             f"seq2seq: targets: expected {x.shape[0]} samples (as x), got {targets.shape[0]}"
@@ -332,3 +408,36 @@ def _check(
     if steps is not None and steps != targets.shape[1]:
         raise ValueError(f"seq2seq: steps: expected {targets.shape[1]} (as targets), got {steps}")
     return targets.shape[1]
+
+
+def _check_targets(targets: Tensor, dtype: torch.dtype, config: Config) -> None:
+    if config.tokens == targets.is_floating_point():
+        kind = "integers" if config.tokens else f"{dtype}"
+        raise ValueError(f"seq2seq: targets: expected {kind}, got {targets.dtype}")
+    axes = () if config.tokens else (config.out_features,)
+    if targets.ndim != 2 + len(axes) or targets.shape[2:] != axes or not targets.shape[1]:
+        expected = ", ".join(["batch", "steps of at least 1", *map(str, axes)])
+        raise ValueError(f"seq2seq: targets: expected [{expected}], got {list(targets.shape)}")
+
+
+def _check_cached(
+    params: TensorDict, x: Tensor | None, targets: Tensor | None, cache: TensorDict, config: Config
+) -> None:
+    if x is not None:
+        raise ValueError("seq2seq: x: expected None with a cache, which holds what it left")
+    if targets is None:
+        raise ValueError("seq2seq: targets: expected some with a cache, got None")
+    _check_targets(targets, params["start"].dtype, config)
+    names = ("h", "c", "length") if config.cell == "lstm" else ("h", "length")
+    found = entries(cache)
+    if set(found) != set(names):
+        raise KeyError(
+            f"seq2seq: cache: expected one of seq2seq_cache, {', '.join(names)}, "
+            f"got {', '.join(found)}"
+        )
+    for name in names:
+        size = (len(targets), config.num_layers, config.width)[: 1 if name == "length" else 3]
+        if found[name].shape != size:
+            raise ValueError(
+                f"seq2seq: cache: {name}: expected {list(size)}, got {list(found[name].shape)}"
+            )

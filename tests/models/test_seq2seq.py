@@ -1,12 +1,13 @@
 """What is particular to decoders: what they are given at each step."""
 
 import re
+from functools import partial
 
 import pytest
 import torch
 from torch.func import grad, jvp, vmap
 
-from funcnets import compile, models, random, tree
+from funcnets import compile, generation, models, random, tree
 
 KEY, DTYPE = random.key(5), torch.float64
 kinds = pytest.mark.parametrize("tokens", [False, True], ids=["vectors", "tokens"])
@@ -204,3 +205,65 @@ def test_errors(unchecked):
         models.seq2seq(3, 6, sampling=2.0)
     with pytest.raises(ValueError, match="steps: expected a positive integer, got 0"):
         models.seq2seq(3, 6, 0)
+
+
+@kinds
+@pytest.mark.parametrize("options", [{"cell": "lstm", "num_layers": 2}, {"encoder": False}])
+def test_with_a_cache_outputs_are_those_without(tokens, options):
+    """In one piece and in chunks; the first element stands for the beginning, whatever it is."""
+    model, params, x, targets = made(tokens, **options)
+    whole = model.apply(params, x, targets)
+    given = torch.cat([targets[:, -1:], targets[:, :-1]], 1)
+    begin = models.seq2seq_cache(params, model.config, x)
+    outputs, cache = model.apply(params, None, given, cache=begin)
+    close(outputs, whole)
+    assert cache["length"].tolist() == [5] * 4
+    first, held = model.apply(params, None, given[:, :2], cache=begin)
+    second, held = model.apply(params, None, given[:, 2:], cache=held)
+    close(torch.cat([first, second], 1), whole)
+    close(held, cache)
+
+
+def test_rows_of_different_lengths_go_into_the_cache():
+    model, params, x, targets = made(tokens=True, cell="lstm")
+    lengths, more = torch.tensor([1, 5, 2, 3]), torch.tensor([[1], [2], [3], [4]])
+    begin = models.seq2seq_cache(params, model.config, x)
+    _, cache = model.apply(params, None, targets, lengths, cache=begin)
+    outputs, _ = model.apply(params, None, more, cache=cache)
+    for i, length in enumerate(lengths.tolist()):
+        alone = models.seq2seq_cache(params, model.config, x[i : i + 1])
+        row = torch.cat([targets[i : i + 1, :length], more[i : i + 1]], 1)
+        close(outputs[i], model.apply(params, None, row, cache=alone)[0][0, -1:])
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_generation_writes_with_the_cache(cell):
+    """The greedy text is the decoder's own, a beam's score its probability; and it compiles."""
+    model, params, x, _ = made(tokens=True, cell=cell)
+    cache, begin = models.seq2seq_cache(params, model.config, x), torch.zeros(4, 1).long()
+    f = partial(model.apply, params, None)
+    own = model.apply(params, x, steps=5)
+    written = generation.greedy(f, begin, 5, cache=cache).tokens[:, 1:]
+    assert torch.equal(written, own.argmax(-1))
+    found = generation.beam_search(f, begin, 5, beams=3, length_penalty=0.0, cache=cache)
+    logits = model.apply(params, x, found.tokens[:, 0, 1:]).log_softmax(-1)
+    score = logits.gather(-1, found.tokens[:, 0, 1:, None]).sum((1, 2))
+    close(found.scores[:, 0], score)
+    if cell == "gru":  # the slower of the two to compile is the other
+        drawn = partial(generation.generate, KEY, f, steps=3, cache=cache)
+        again = compile(lambda prompts: drawn(prompts=prompts).tokens, backend="aot_eager")
+        assert torch.equal(drawn(prompts=begin).tokens, again(begin))
+
+
+def test_errors_of_the_cache():
+    model, params, x, targets = made(cell="lstm")
+    cache = models.seq2seq_cache(params, model.config, x)
+    for arguments, given, error, message in (
+        ((x, targets), cache, ValueError, "x: expected None with a cache"),
+        ((None,), cache, ValueError, "targets: expected some with a cache"),
+        ((None, targets), None, ValueError, "x: expected a tensor without a cache"),
+        ((None, targets[:2]), cache, ValueError, "cache: h: expected [2, 1, 8], got [4, 1, 8]"),
+        ((None, targets), cache.exclude("c"), KeyError, "h, c, length, got h, length"),
+    ):
+        with pytest.raises(error, match=re.escape(message)):
+            model.apply(params, *arguments, cache=given)

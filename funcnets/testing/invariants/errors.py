@@ -25,8 +25,10 @@ def tells_a_wrong_parameter(trial: Try) -> None:
     """A parameter of a wrong shape, missing or too many is told by name, before any arithmetic."""
     subject, (params, inputs, key) = trial.subject, trial.parts
     for i, (path, leaf) in enumerate(tree.leaves_with_path(params), trial.sample.seed):
+        # Not the shape that an ensemble would have.
+        more = (leaf.shape[-1] + 1,) if leaf.ndim else (2, 2)
         wrong: dict[str, Tensor | None] = {
-            "one axis more": torch.ones((*leaf.shape, 2), dtype=leaf.dtype),
+            "too many axes": torch.ones((*leaf.shape, *more), dtype=leaf.dtype),
             "missing": None,
         }
         if leaf.ndim:
