@@ -23,7 +23,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
-from einops import einsum, rearrange, repeat
+from einops import einsum, rearrange, reduce, repeat
 from rich.console import Console
 from rich.table import Table
 from tensordict import TensorDict
@@ -35,8 +35,10 @@ import funcnets
 from funcnets import data, layers, losses, metrics, models, optim, random, training
 
 SETS = ("small1", "small2")
-SIZE, WIDTH, FEATURES = 48, 32, 256
+SIZE, WIDTH, CHANNELS = 48, 32, 64
 GROUPS, PAIRED, SAMPLES, TEMPERATURE = (8, 8) + 8 * (1,), 2, 4, 1 / 16
+PLACES, STRIDES = SIZE // 8, {"layer1": 2, "layer2": 2, "layer3": 1}  # an embedding is a map
+STIFFNESS = 0.15  # the price of holding a place against its neighbour
 
 # The symmetries of the square, as matrices [8, 2, 2]: quarter turns, and those of the mirror image.
 TURN, MIRROR = torch.tensor([[0.0, -1.0], [1.0, 0.0]]), torch.diag(torch.tensor([-1.0, 1.0]))
@@ -45,7 +47,7 @@ SYMMETRIES = torch.stack(
 )
 
 
-# The encoder: from views [batch, 1, 48, 48] to embeddings [batch, 256].
+# The encoder: from views [batch, 1, 48, 48] to embeddings [batch, 6 * 6 * 64].
 
 
 def init_encoder(key: random.Key) -> TensorDict:
@@ -54,14 +56,13 @@ def init_encoder(key: random.Key) -> TensorDict:
     The stem has a stride, so that the finer views cost little.
     """
     keys = random.split(key, 5).unbind()
-    widths = [WIDTH * 2**i for i in range(4)]
+    widths = [WIDTH, 2 * WIDTH, 4 * WIDTH, 4 * WIDTH]
     tree = {
         f"layer{i}": layers.init_residual_block(keys[i], widths[i - 1], widths[i])
         for i in (1, 2, 3)
     }
     tree["stem"] = layers.init_conv_norm(keys[0], 1, WIDTH, kernel_size=5)
-    tree["head"] = layers.init_linear(keys[4], widths[-1] * (SIZE // 16) ** 2, FEATURES)
-    tree["norm"] = layers.init_batch_norm(keys[4], FEATURES, affine=False)
+    tree["head"] = layers.init_conv(keys[4], widths[-1], CHANNELS, 1)
     return TensorDict(tree)
 
 
@@ -73,14 +74,36 @@ def encode(params: TensorDict, x: Tensor, *, train: bool = False, key: Any = Non
         x, new["stem"] = layers.with_buffers(
             layers.conv_norm, params["stem"], x, stride=2, train=train
         )
-        for i in (1, 2, 3):
-            name = f"layer{i}"
+        for name, stride in STRIDES.items():
             x, new[name] = layers.with_buffers(
-                layers.residual_block, params[name], x, stride=2, train=train
+                layers.residual_block, params[name], x, stride=stride, train=train
             )
-        x = layers.linear(params["head"], rearrange(x, "b c h w -> b (c h w)"))
-    x, new["norm"] = layers.with_buffers(layers.batch_norm, params["norm"], x.float(), train=train)
-    return layers.finish(x, new, train)
+        x = layers.conv(params["head"], x)
+    return layers.finish(rearrange(x.float(), "b c h w -> b (h w c)"), new, train)
+
+
+def similarities(one: Tensor, other: Tensor) -> Tensor:
+    """How alike embeddings [m, features] and [n, features] are, [m, n], at most one.
+
+    As cosines, but each place of a map may be held against a neighbour of its place in the other
+    map, at a price: no two people put a stroke at quite the same place. Embeddings may be those of
+    several views, side by side.
+    """
+    return (_stretched(one, other) + _stretched(other, one).mT) / 2
+
+
+def _stretched(one: Tensor, other: Tensor) -> Tensor:
+    size = {"h": PLACES, "w": PLACES, "c": CHANNELS}
+    a = rearrange(one, "m (views h w c) -> (views h w) m c", **size)
+    maps = rearrange(other, "n (views h w c) -> n views h w c", **size)
+    maps = F.pad(maps, (0, 0, 1, 1, 1, 1))
+    moves = [(down, right) for down in range(3) for right in range(3)]
+    near = [maps[:, :, y : y + PLACES, x : x + PLACES] for y, x in moves]
+    b = rearrange(torch.stack(near), "moves n views h w c -> (views h w) c (moves n)")
+    found = rearrange(a @ b, "places m (moves n) -> places m moves n", moves=len(moves))
+    far = torch.tensor([(y - 1) ** 2 + (x - 1) ** 2 for y, x in moves]) * (STIFFNESS / len(a))
+    best = (found - rearrange(far.to(found.dtype), "moves -> moves 1")).max(2).values
+    return reduce(best.float(), "places m n -> m n", "sum")
 
 
 model = models.siamese(funcnets.Model(init_encoder, encode), normalize=True)
@@ -261,10 +284,18 @@ def make_views(known: data.Omniglot) -> Callable[[random.Key], tuple[Tensor, Ten
 
 def loss(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """The supervised contrastive loss; for how many the nearest in the batch is of their class."""
-    near = embeddings.detach()
-    nearest = (near @ near.mT).fill_diagonal_(-1.0).argmax(1)
+    alike: list[Tensor] = []
+
+    def similarity(x: Tensor, y: Tensor) -> Tensor:
+        half = _stretched(x, y)  # of which, as x is y, the other way is the transpose
+        alike.append((half + half.mT) / 2)
+        return alike[0]
+
+    with torch.autocast(embeddings.device.type, torch.bfloat16):
+        value = losses.supervised_contrastive(embeddings, labels, TEMPERATURE, similarity)
+    nearest = alike[0].detach().clone().fill_diagonal_(-1.0).argmax(1)
     accuracy = (labels[nearest] == labels).float().mean()
-    return losses.supervised_contrastive(embeddings, labels, TEMPERATURE), {"accuracy": accuracy}
+    return value, {"accuracy": accuracy}
 
 
 def as_matrices(inner: optim.Optimizer) -> optim.Optimizer:
@@ -315,7 +346,7 @@ def train(known: data.Omniglot, steps: int, seed: int) -> tuple[TensorDict, np.n
 
 
 def embeddings_of(params: TensorDict, drawings: Drawings) -> Tensor:
-    """Embeddings [n, 8 * 256] of length one: those of the eight symmetries, side by side."""
+    """Embeddings [n, 8 * 2304] of length one: those of the eight symmetries, side by side."""
 
     def parts() -> Iterator[Tensor]:
         for start in range(0, len(drawings.half), 256):
@@ -327,10 +358,10 @@ def embeddings_of(params: TensorDict, drawings: Drawings) -> Tensor:
 
 
 def embed(file: str | Path, folder: str | Path) -> tuple[tuple[str, ...], Tensor]:
-    """Names and embeddings [n, 2048] of all images of a folder (or zip file), with a saved file.
+    """Names and embeddings [n, 18432] of all images of a folder (or zip file), with a saved file.
 
-    Images are dark on a light ground, of any size. The embeddings have length one; the nearer two
-    are, the more likely they show one character.
+    Images are dark on a light ground, of any size. The higher the `similarities` of two embeddings,
+    the more likely they show one character. They have length one, and cosines tell almost as much.
     """
     _, params = funcnets.load(file, model)
     found = data.image_folder(folder, size=(105, 105))
@@ -365,7 +396,7 @@ def try_out(
         tests.append(chosen * 20 + first)
         given.append(chosen * 20 + second)
     pairs = zip(tests, given, strict=True)
-    distances = [losses.pairwise_distances(embeddings[a], embeddings[b]) for a, b in pairs]
+    distances = [1 - similarities(embeddings[a], embeddings[b]) for a, b in pairs]
     return Trials(order[torch.stack(tests)], order[torch.stack(given)], torch.stack(distances))
 
 
@@ -437,7 +468,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, default=Path("outputs/omniglot"), help="of the zips")
     parser.add_argument("--train-set", choices=SETS, default="small1")
-    parser.add_argument("--steps", type=int, default=7500, help="of training")
+    parser.add_argument("--steps", type=int, default=6000, help="of training")
     parser.add_argument("--runs", type=int, default=400, help="of the test, for each alphabet")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("outputs/siamese"))

@@ -6,6 +6,7 @@ and compiled. Labels are integers; which ones is of no account, only which are e
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -212,12 +213,17 @@ def supervised_contrastive(
     embeddings: Float[Tensor, "batch features"],
     labels: Int[Tensor, " batch"],
     temperature: float | Float[Tensor, ""] = 0.1,
+    similarity: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Float[Tensor, ""]:
     """Picks each sample's fellows among the samples of other classes (Khosla et al. 2020).
 
     The mean over all pairs of one class of the cross-entropy of the second among it and all samples
-    of other classes than the first's, by cosine similarity over the temperature. (Unlike in the
-    paper, the fellows do not compete with one another.) Without such pairs the loss is zero.
+    of other classes than the first's, by similarity over the temperature. (Unlike in the paper, the
+    fellows do not compete with one another.) Without such pairs the loss is zero.
+
+    Args:
+        similarity: from embeddings [m, features] and [n, features] to a number for each pair,
+            [m, n]; by default the cosine.
 
     Raises:
         ValueError: where the shapes do not fit.
@@ -227,7 +233,7 @@ def supervised_contrastive(
     tensor(0.3133)
     """
     same, fellows = _same("supervised_contrastive", embeddings, labels)
-    logits = _cosines(embeddings, embeddings) / temperature
+    logits = (similarity or _cosines)(embeddings, embeddings) / temperature
     # A finite number for minus infinity: of a row of those, logsumexp would have no gradient.
     lowest = torch.finfo(logits.dtype).min / 2
     others = torch.logsumexp(logits.masked_fill(same, lowest), dim=1, keepdim=True)

@@ -204,6 +204,15 @@ def test_supervised_contrastive_by_hand(seed, batch, features, classes):
     assert gradient.isfinite().all()
 
 
+def test_supervised_contrastive_by_another_similarity():
+    x, labels = rows(0, 5, 3), torch.tensor([0, 1, 0, 2, 1])
+    cosines = lambda x, y: F.cosine_similarity(x[:, None], y[None], dim=-1)  # noqa: E731
+    found = losses.supervised_contrastive(x, labels, 0.2, cosines)
+    torch.testing.assert_close(found, losses.supervised_contrastive(x, labels, 0.2))
+    farther = losses.supervised_contrastive(x, labels, 0.2, lambda x, y: -cosines(x, y))
+    assert not torch.isclose(found, farther)
+
+
 def test_supervised_contrastive_counts_all_other_views():
     x, y = rows(0, 5, 3), rows(1, 5, 3)
     labels = torch.arange(5)
