@@ -11,10 +11,9 @@ from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int64
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS
-from torchvision.transforms.v2.functional import pil_to_tensor
+
+# PIL and torchvision are imported where they are used: they take 0.5 s, and most runs no images.
 
 KINDS = ("real", "fake")
 
@@ -71,6 +70,7 @@ def image_folder(
             in size.
 
     >>> import tempfile
+    >>> from PIL import Image
     >>> folder = Path(tempfile.mkdtemp())
     >>> (folder / "Greek" / "alpha").mkdir(parents=True)
     >>> Image.new("L", (4, 3)).save(folder / "Greek" / "alpha" / "1.png")
@@ -81,7 +81,7 @@ def image_folder(
     with _opened(path) as (held, read):
         if not held:
             raise ValueError(
-                f"{os.fspath(path)}: expected images ({', '.join(IMG_EXTENSIONS)}) in folders, "
+                f"{os.fspath(path)}: expected images ({', '.join(_endings())}) in folders, "
                 "one folder for each class, got none"
             )
         images = _read(held, read, mode, size)
@@ -101,6 +101,7 @@ def signature_folder(
     elsewhere, or a person lacks one of the two folders.
 
     >>> import tempfile
+    >>> from PIL import Image
     >>> folder = Path(tempfile.mkdtemp())
     >>> for kind in KINDS:
     ...     (folder / "ann" / kind).mkdir(parents=True)
@@ -156,12 +157,19 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[list[Place], Callabl
         )
 
 
+def _endings() -> tuple[str, ...]:
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    return IMG_EXTENSIONS
+
+
 def _images(files: list[Place]) -> list[Place]:
     """Those that are images by their ending, without what is hidden, in alphabetical order."""
+    endings = _endings()
     return sorted(
         place
         for place in files
-        if place[-1].lower().endswith(IMG_EXTENSIONS)
+        if place[-1].lower().endswith(endings)
         and not any(part.startswith((".", "__MACOSX")) for part in place)
     )
 
@@ -169,6 +177,9 @@ def _images(files: list[Place]) -> list[Place]:
 def _read(
     places: list[Place], read: Callable[..., Any], mode: str, size: tuple[int, int] | None
 ) -> Tensor:
+    from PIL import Image, UnidentifiedImageError
+    from torchvision.transforms.v2.functional import pil_to_tensor
+
     if mode not in ("L", "RGB"):
         raise ValueError(f"mode: expected 'L' or 'RGB', got {mode!r}")
     images: list[Tensor] = []
