@@ -18,13 +18,13 @@ from torch import Tensor
 from torch.func import grad, vmap
 
 from funcnets import tree
-from funcnets.ensembles.chunks import chunked
+from funcnets.ensembles.chunks import Chunk, chunked
 from funcnets.tree.flatten import Tree
 
 Loss = Callable[[Any, Any], Tensor]
 
 
-def gradients(loss: Loss, params: Tree, batch: Tree, chunk: int | None = None) -> Tree:
+def gradients(loss: Loss, params: Tree, batch: Tree, chunk: Chunk = None) -> Tree:
     """The gradient of each sample's loss: a tree like ``params`` of [samples, ...].
 
     Raises:
@@ -38,9 +38,7 @@ def gradients(loss: Loss, params: Tree, batch: Tree, chunk: int | None = None) -
     return _each(loss, params, chunk)(batch)
 
 
-def norms(
-    loss: Loss, params: Tree, batch: Tree, chunk: int | None = None
-) -> Float[Tensor, " samples"]:
+def norms(loss: Loss, params: Tree, batch: Tree, chunk: Chunk = None) -> Float[Tensor, " samples"]:
     """The Euclidean norm of each sample's gradient, all parameters taken as one vector.
 
     >>> loss = lambda params, x: (params["w"] * x).square().mean()
@@ -152,7 +150,7 @@ def _gradient(loss: Loss, params: Tree, sample: Any) -> Tree:
     return grad(lambda params: loss(params, one))(params)
 
 
-def _each(loss: Loss, params: Tree, chunk: int | None) -> Callable[[Any], Tree]:
+def _each(loss: Loss, params: Tree, chunk: Chunk) -> Callable[[Any], Tree]:
     return chunked(lambda sample: _gradient(loss, params, sample), chunk)
 
 

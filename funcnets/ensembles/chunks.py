@@ -1,21 +1,24 @@
-"""vmap over a few members at a time, where memory is short."""
+"""vmap over a few members at a time, where memory is short or a few at a time are faster."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 from torch.func import vmap
 
-from funcnets import tree
+from funcnets import _torch, tree
 from funcnets.tree.flatten import Structure, Tree
+
+Chunk: TypeAlias = int | Literal["auto"] | None
 
 
 def chunked(
-    f: Callable[..., Any], chunk: int | None, in_dims: int | tuple[int | None, ...] = 0
+    f: Callable[..., Any], chunk: Chunk, in_dims: int | tuple[int | None, ...] = 0
 ) -> Callable[..., Any]:
     """``torch.func.vmap(f, in_dims)``, of at most ``chunk`` members at a time.
 
@@ -24,7 +27,10 @@ def chunked(
 
     Args:
         f: a function of trees, such as a training step.
-        chunk: None for all members at once.
+        chunk: None for all members at once. "auto" measures: the first call with arguments of new
+            shapes tries all, a quarter, ... and one at a time, a few times each, and what was
+            fastest is kept; compiled, and under a transform, it is all. How many there are in a
+            chunk changes the rounding, so "auto" is for runs that need not be the same to the bit.
         in_dims: 0, or for each argument 0 where it is mapped over and None where it is not.
 
     >>> from tensordict import TensorDict
@@ -33,13 +39,15 @@ def chunked(
     >>> found["w"].tolist(), found.batch_size
     ([0, 3, 6, 9, 12], torch.Size([5]))
     """
-    if chunk is not None and chunk < 1:
+    if chunk not in (None, "auto") and (not isinstance(chunk, int) or chunk < 1):
         raise ValueError(f"chunk: expected at least 1, got {chunk}")
     if any(dim not in (0, None) for dim in (in_dims if isinstance(in_dims, tuple) else (in_dims,))):
         raise ValueError(f"chunked: in_dims: expected 0 or None for each, got {in_dims}")
     whole = vmap(f, in_dims)
     if chunk is None:
         return whole
+    if chunk == "auto":
+        return _measured(f, in_dims)
 
     def run(*arguments: Any) -> Any:
         dims = in_dims if isinstance(in_dims, tuple) else (in_dims,) * len(arguments)
@@ -59,6 +67,49 @@ def chunked(
         return _built(tree.flatten(parts[0])[1], [torch.cat(column) for column in columns])
 
     return run
+
+
+def _measured(f: Callable[..., Any], in_dims: int | tuple[int | None, ...]) -> Callable[..., Any]:
+    """`chunked` with the chunk that was fastest for the shapes of the arguments."""
+    chosen: dict[Any, int | None] = {}
+
+    def run(*arguments: Any) -> Any:
+        if _torch.inlining():
+            return chunked(f, None, in_dims)(*arguments)
+        leaves, structure = tree.flatten(arguments)
+        shapes = tuple(
+            (leaf.shape, leaf.dtype, leaf.device) for leaf in leaves if isinstance(leaf, Tensor)
+        )
+        if (structure, shapes) not in chosen:
+            dims = in_dims if isinstance(in_dims, tuple) else (in_dims,) * len(arguments)
+            mapped = [one for one, dim in zip(arguments, dims, strict=True) if dim == 0]
+            size = max((len(leaf) for leaf in tree.leaves(mapped) if leaf.ndim), default=1)
+            tried: list[int | None] = [None]
+            while size > 1:
+                size = max(size // 4, 1)
+                tried.append(size)
+            taken = {chunk: _seconds(chunked(f, chunk, in_dims), arguments) for chunk in tried}
+            chosen[structure, shapes] = min(taken, key=taken.__getitem__)
+        return chunked(f, chosen[structure, shapes], in_dims)(*arguments)
+
+    return run
+
+
+def _seconds(f: Callable[..., Any], arguments: tuple[Any, ...]) -> float:
+    """The less of two calls, after one that warms up."""
+    taken = []
+    for _ in range(3):
+        _wait()
+        begin = time.perf_counter()
+        f(*arguments)
+        _wait()
+        taken.append(time.perf_counter() - begin)
+    return min(taken[1:])
+
+
+def _wait() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def members(ensemble: Tree, places: slice | Sequence[int] | Tensor) -> Tree:

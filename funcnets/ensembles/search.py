@@ -11,7 +11,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from funcnets import random
-from funcnets.ensembles.chunks import chunked, members
+from funcnets.ensembles.chunks import Chunk, chunked, members
 from funcnets.training.batches import Batches, turns
 from funcnets.tree.flatten import Tree, describe
 
@@ -45,7 +45,7 @@ def search(
     rounds: Sequence[int],
     halve: float = 2.0,
     own_order: bool = False,
-    chunk: int | None = None,
+    chunk: Chunk = None,
     advance: Callable[[int], None] | None = None,
 ) -> Found:
     """Trains a member for each setting, all in one vmap, and drops the worst after every round.
@@ -70,7 +70,7 @@ def search(
         own_order: whether each member has the batches in an order of its own. ``batches`` then is
             called with keys [members, 2].
         chunk: how many members are computed at once, where memory is short; by default all. The
-            numbers are the same, to rounding.
+            numbers are the same, to rounding. "auto" finds what is fastest; see `chunked`.
         advance: called after each step with the number of members that took it, for a progress bar.
 
     Raises:

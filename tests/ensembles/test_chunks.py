@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -11,7 +12,9 @@ from hypothesis import strategies as st
 from tensordict import TensorDict
 from torch.func import vmap
 
+import funcnets
 from funcnets import ensembles, random, tree
+from funcnets.ensembles import chunks
 
 
 class State(NamedTuple):
@@ -44,6 +47,33 @@ def test_as_the_whole(count, chunk):
         torch.testing.assert_close(one, other)
     again = ensembles.chunked(step, chunk, dims)(found[0], torch.eye(2), 1.0)
     assert again[0].nothing.batch_size == (count,)
+
+
+@pytest.mark.parametrize(("cost", "fastest"), [(lambda n: n**2, 1), (lambda n: 20 / n, 20)])
+def test_auto_takes_what_is_fastest_for_each_shape(cost, fastest, monkeypatch):
+    sizes, clock = [], [0.0]
+    monkeypatch.setattr(chunks, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+
+    def slow(x, y):  # its time depends on how many there are at once
+        size = len(torch._C._functorch.get_unwrapped(x))
+        sizes.append(size)
+        clock[0] += cost(size)
+        return {"sum": x.sum() + y}
+
+    auto = ensembles.chunked(slow, "auto", (0, None))
+    x = random.normal(random.key(0), (20, 3))
+    for _ in range(2):
+        torch.testing.assert_close(auto(x, 1.0), {"sum": x.sum(1) + 1.0})
+    assert set(sizes) == {20, 5, 1}  # all were tried, once
+    tried = len(sizes)
+    auto(x, 2.0)
+    assert set(sizes[tried:]) == {fastest}
+    auto(x[:2], 1.0)
+    assert 2 in sizes
+    del sizes[:]
+    auto_compiled = funcnets.compile(auto, backend="aot_eager", static=1)
+    torch.testing.assert_close(auto_compiled(x, 1.0), {"sum": x.sum(1) + 1.0})
+    assert sizes == [20]
 
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=5))
