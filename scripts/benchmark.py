@@ -1,129 +1,164 @@
-"""Our time beside that of what people would write instead, in one process, round by round.
+"""Our time beside that of what people would write instead: one table, one figure, one JSON file.
 
-Each round times our step and its rivals once, one after the other; the table gives medians over
-the rounds and ratios of medians. The results are compared before anything is timed.
+    uv run --group bench scripts/benchmark.py
 
-    uv run scripts/benchmark.py --rounds 15
+Without the group, Equinox and Opacus are left out, and the table says so. Each workload is a file
+in scripts/benchmarks. Its contenders begin with the same parameters and data and make the same
+steps: two before anything is timed, after which whoever has other results than the first is
+reported instead of timed. Another step warms up; then each makes one step per round, in an order
+that changes from round to round, and the ratio of the best of ours to the best rival is taken
+within each round. The table gives medians over the rounds and quartiles, ratios first, and whether
+the target is reached; beside it the floor, which is what the arithmetic of a step would take at the
+rates this machine was measured to have. What happens once in a process, as importing and compiling,
+has processes of its own, and so has JAX. Where there is a GPU, all compute in bfloat16 and
+channels last. Compiling takes most of an hour on two cores; ``--quick`` takes a minute, has small
+sizes and leaves out what is compiled, so that its ratios mean nothing.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
-import statistics
-import time
-from collections.abc import Callable
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
-import torch
-import torch.nn.functional as F
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from benchmarks import (
+    compile_time,
+    conditional,
+    ensembles,
+    growth,
+    imports,
+    machine,
+    memory,
+    overhead,
+    per_sample,
+    recurrent,
+    steps,
+)
+from benchmarks.race import Row, Settings, Workloads
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
-from torch.func import functional_call, grad, stack_module_state, vmap
 
-import funcnets
-from funcnets import models, optim, random, tree
-
-MEMBERS, BATCH = 32, 128
-
-# A contender makes one step each time it is called, and returns the parameters of the first layer.
-Contender = Callable[[], Tensor]
-
-
-def ensemble_of_mlps() -> dict[str, Contender]:
-    """32 MLPs 784-256-256-10, batch 128, one full Adam step on the same data."""
-    model = models.mlp(784, 10, widths=(256, 256))
-    params = vmap(model.init)(random.split(random.key(0), MEMBERS))
-    x = random.normal(random.key(1), (BATCH, 784))
-    y = random.randint(random.key(2), (BATCH,), 0, 10)
-    optimizer = optim.adam(1e-3)
-
-    def loss(params: Any, x: Tensor, y: Tensor) -> Tensor:
-        return F.cross_entropy(model.apply(params, x), y)
-
-    def step(params: Any, state: Any, x: Tensor, y: Tensor) -> tuple[Any, Any]:
-        def member(params: Any, state: Any) -> tuple[Any, Any]:
-            updates, state = optimizer.update(grad(loss)(params, x, y), state, params)
-            return optim.apply_updates(params, updates), state
-
-        return vmap(member)(params, state)
-
-    def ours(step: Any) -> Contender:
-        held = tree.map(torch.clone, params), vmap(optimizer.init)(params)
-
-        def run() -> Tensor:
-            nonlocal held
-            held = step(*held, x, y)
-            return held[0]["0", "weight"]
-
-        return run
-
-    def torch_func(**flags: Any) -> Contender:
-        layers = [nn.Linear(784, 256), nn.Linear(256, 256), nn.Linear(256, 10)]
-        network = nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
-        networks = [copy.deepcopy(network) for _ in range(MEMBERS)]
-        for copied, own in zip(networks, tree.unstack(params), strict=True):
-            named = {str(place): own[str(3 * i)] for i, place in enumerate((0, 2, 4))}
-            copied.load_state_dict(
-                {f"{p}.{n}": leaf for p, layer in named.items() for n, leaf in layer.items()}
-            )
-        weights, _ = stack_module_state(networks)
-        adam = torch.optim.Adam(weights.values(), lr=1e-3, **flags)
-
-        def member(weights: Any) -> Tensor:
-            return F.cross_entropy(functional_call(network, weights, (x,)), y)
-
-        def run() -> Tensor:
-            detached = {name: weight.detach() for name, weight in weights.items()}
-            for name, gradient in vmap(grad(member))(detached).items():
-                weights[name].grad = gradient
-            adam.step()
-            return weights["0.weight"].detach()
-
-        return run
-
-    return {
-        "funcnets, compiled and donated": ours(funcnets.compile(step, donate=("params", "state"))),
-        "funcnets, eager": ours(step),
-        "torch.func, fused Adam": torch_func(fused=True),
-        "torch.func, foreach Adam": torch_func(foreach=True),
-    }
+PARTS = (
+    steps,
+    ensembles,
+    per_sample,
+    recurrent,
+    conditional,
+    compile_time,
+    imports,
+    overhead,
+    memory,
+)
+WORKLOADS: Workloads = {name: measure for part in PARTS for name, measure in part.WORKLOADS.items()}
 
 
-WORKLOADS = {"ensemble of 32 MLPs": (ensemble_of_mlps, "torch.func, fused Adam")}
-
-
-def measure(contenders: dict[str, Contender], rounds: int) -> dict[str, float]:
-    """The median seconds of a step of each, after a step that must give all the same."""
-    first = {name: run().clone() for name, run in contenders.items()}
-    for name, result in first.items():
-        torch.testing.assert_close(
-            result, next(iter(first.values())), rtol=1e-3, atol=2e-4, msg=f"{name}: other numbers"
-        )
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(rounds):
-        for name, run in contenders.items():
-            begin = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - begin)
-    return {name: statistics.median(seconds) for name, seconds in times.items()}
-
-
-def main() -> None:
-    """Measures every workload and prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measures what was asked for, and prints and saves it."""
+    summary, _, _ = (__doc__ or "").partition("\n")
+    parser = argparse.ArgumentParser(description=summary)
+    parser.add_argument("--only", nargs="+", metavar="PART", help="parts of the workloads' names")
     parser.add_argument("--rounds", type=int, default=15)
-    rounds = parser.parse_args().rounds
-    table = Table(title=f"torch {torch.__version__}, {torch.get_num_threads()} threads, CPU")
-    for column in ("workload", "", "ratio", "ms"):
-        table.add_column(column, justify="right" if column in ("ratio", "ms") else "left")
-    for name, (make, rival) in WORKLOADS.items():
-        medians = measure(make(), rounds)
-        for contender, seconds in medians.items():
-            ratio = f"{seconds / medians[rival]:.2f}"
-            table.add_row(name, contender, ratio, f"{1e3 * seconds:.1f}")
-    Console().print(table)
+    parser.add_argument("--quick", action="store_true", help="small, and nothing compiled")
+    parser.add_argument("--growth", action="store_true", help="time and memory against sizes")
+    parser.add_argument("--output", type=Path, default=Path("outputs/benchmark"))
+    flags = parser.parse_args(arguments)
+    if flags.rounds < 1:
+        parser.error(f"--rounds: expected 1 or more, got {flags.rounds}")
+    known: Workloads = growth.WORKLOADS if flags.growth else WORKLOADS
+    chosen = [
+        name
+        for name in known
+        if not flags.only or any(part.lower() in name.lower() for part in flags.only)
+    ]
+    if not chosen:
+        parser.error(f"--only: expected parts of {', '.join(known)}; got {' '.join(flags.only)}")
+    flags.output.mkdir(parents=True, exist_ok=True)
+    # As wide as the table, where what is printed goes to a file.
+    console, stem = (
+        Console(width=max(Console().width, 120)),
+        "growth" if flags.growth else "benchmark",
+    )
+    described, rows = machine.describe(), []
+    for name in chosen:
+        console.print(f"{name} ...", style="dim")
+        rows += known[name](Settings(flags.rounds, flags.quick))
+        save(flags.output / f"{stem}.json", described, flags, rows)  # so far
+    console.print(table(described, rows))
+    for row in rows:
+        for contender, why in row.reported.items():
+            console.print(f"{row.workload}: {contender}: {why}", markup=False)
+    path = flags.output / f"{stem}.png"
+    (growth.draw if flags.growth else draw)(rows, path)
+    console.print(f"{path}, {path.with_suffix('.json')}")
+
+
+def save(path: Path, described: dict[str, Any], flags: Any, rows: list[Row]) -> None:
+    """All that was measured."""
+    record = {"machine": described, "rounds": flags.rounds, "quick": flags.quick}
+    held = [{"holds": row.holds} | asdict(row) for row in rows]
+    path.write_text(json.dumps(record | {"rows": held}, indent=1))
+
+
+def table(described: dict[str, Any], rows: list[Row]) -> Table:
+    """The line of each row, and below it everybody's time."""
+    versions = ", ".join(f"{name} {version}" for name, version in described["versions"].items())
+    found = Table(
+        title=f"{described['device']}, {described['threads']} threads, {described['dtype']}, "
+        f"{described['gflops']:.0f} Gflop/s, {described['gbytes']:.0f} GB/s\n{versions}"
+    )
+    for column in ("ratio", "quartiles", "target", "holds", "workload", "ms", "quartiles", "floor"):
+        text = column in ("workload", "holds")
+        found.add_column(column, justify="left" if text else "right", no_wrap=column != "workload")
+    for row in rows:
+        unit = "" if row.unit == "ratio" else f" {row.unit}"
+        found.add_row(
+            "?" if row.value is None else f"{row.value:.2f}{unit}",
+            "" if row.low is None or row.high is None else f"{row.low:.2f} {row.high:.2f}",
+            f"{row.target:.2f}",
+            "yes" if row.holds else "NO",
+            row.workload,
+            "",
+            "",
+            "" if row.floor is None else f"{1e3 * row.floor['seconds']:.1f}",
+            style="bold" if row.holds else "bold red",
+        )
+        for name, measured in row.contenders.items():
+            mark = "*" if name in (row.ours, row.rival) else " "
+            if "bytes" in measured:
+                times = (f"{measured['bytes'] / 1e6:.2f} MB", "")
+            else:
+                low, median, high = (1e3 * measured[k] for k in ("low", "median", "high"))
+                times = f"{median:.2f}", f"{low:.2f} {high:.2f}"
+            found.add_row("", "", "", "", f" {mark} {name}", *times, "")
+        found.add_section()
+    return found
+
+
+def draw(rows: list[Row], path: Path) -> None:
+    """How much of its target each row takes: what is left of the line holds."""
+    shown = [row for row in rows if row.value is not None]
+    figure, axes = plt.subplots(figsize=(9, 1.2 + 0.36 * len(shown)), constrained_layout=True)
+    for y, row in enumerate(reversed(shown)):
+        assert row.value is not None
+        share = max(row.value / row.target, 1e-3)
+        axes.barh(y, share, color="tab:blue" if row.holds else "tab:red", height=0.6)
+        if row.low is not None and row.high is not None:
+            ends = [max(share - row.low / row.target, 0)], [max(row.high / row.target - share, 0)]
+            axes.errorbar(share, y, xerr=ends, color="black", capsize=2, linewidth=1)
+        unit = "" if row.unit == "ratio" else f" {row.unit}"
+        axes.text(0.02, y, f"{row.value:.2f}{unit}", va="center", fontsize=8, color="white")
+    axes.set_yticks(range(len(shown)), [f"{r.workload} ({r.target:g})" for r in reversed(shown)])
+    axes.axvline(1, color="black", linewidth=1)
+    axes.set(xlabel="of the target (in brackets); left of the line it is reached")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,184 @@
+"""How time and memory grow with sizes: ``scripts/benchmark.py --growth``.
+
+The time of one training step and the most memory it holds are measured against members, depth,
+batch and parameters, at sizes that double. The exponent is fitted over the larger half of them: 1
+is linear.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib.pyplot as plt
+import torch.nn.functional as F
+from torch.func import vmap
+
+from benchmarks import ensembles, machine, memory, networks
+from benchmarks.race import Contender, Row, Settings, Workloads
+from funcnets import Model, models, random
+
+LINEAR = 1.05  # what measures as linear
+
+
+class Curve(NamedTuple):
+    """What is measured at each size."""
+
+    sizes: list[int]
+    contenders: Callable[[int], dict[str, Callable[[], Contender]]]
+    work: Callable[[int], int] = lambda size: size  # what time should be linear in
+
+
+def single(model: Model, batch: int, features: int = 64) -> Contender:
+    """An eager step of one network."""
+    x = machine.place(random.normal(random.key(1), (batch, features)))
+    y = machine.place(random.randint(random.key(2), (batch,), 0, 10))
+    start, step = networks.pure_step(model, F.cross_entropy)
+    return networks.pure(step, start(networks.copied(model.init(random.key(0)))), x, y)
+
+
+def together(model: Model, shape: tuple[int, ...]) -> Any:
+    """Eager steps of so many members on one batch: by vmap, and one by one by nn.Module."""
+    x = machine.place(random.normal(random.key(1), shape))
+    y = machine.place(random.randint(random.key(2), shape[:1], 0, 10))
+    start, step = networks.pure_step(model, F.cross_entropy)
+
+    def build() -> Any:
+        return networks.mlp(64, 64, 10) if len(shape) == 2 else networks.Conv(1, 16, 32)
+
+    def contenders(members: int) -> dict[str, Callable[[], Contender]]:
+        params = vmap(model.init)(random.split(random.key(0), members))
+        return {
+            "funcnets": lambda: networks.pure(
+                vmap(step, (0, None, None)), vmap(start)(networks.copied(params)), x, y
+            ),
+            "nn.Module one by one": lambda: ensembles.loop(
+                build, networks.copied(params), x, y, False
+            ),
+        }
+
+    return contenders
+
+
+def doubling(first: int, last: int) -> list[int]:
+    """first, twice that, ..., last."""
+    return [first * 2**i for i in range(1 + round(math.log2(last / first)))]
+
+
+def curves(quick: bool) -> dict[str, Curve]:
+    """All that is measured; quick is short."""
+    largest = 4 if quick else 256
+
+    def one(make: Callable[[int], Contender]) -> Any:
+        return lambda size: {"funcnets": lambda: make(size)}
+
+    def wide(width: int) -> Model:
+        return models.mlp(64, 10, (width, width))
+
+    return {
+        "members, MLP": Curve(doubling(1, largest), together(models.mlp(64, 10, (64,)), (32, 64))),
+        "members, conv net": Curve(
+            doubling(1, min(largest, 64)),
+            together(models.cnn(1, 10, (16, 32), norm=None), (16, 1, 16, 16)),
+        ),
+        "depth": Curve(
+            doubling(2, 8 if quick else 128),
+            one(lambda depth: single(models.residual_mlp(64, 10, depth=depth), 32)),
+        ),
+        "batch": Curve(
+            doubling(16, 64 if quick else 8192), one(lambda batch: single(wide(256), batch))
+        ),
+        "parameters": Curve(
+            doubling(64, 128 if quick else 2048),
+            one(lambda width: single(wide(width), 64)),
+            lambda width: networks.count(wide(width).init(random.key(0))),
+        ),
+    }
+
+
+def exponent(sizes: list[int], values: list[float]) -> float:
+    """Of the power law through the larger half of the sizes."""
+    half = len(sizes) // 2 if len(sizes) > 3 else 0
+    pairs = [(math.log(s), math.log(v)) for s, v in zip(sizes, values, strict=True)][half:]
+    x, y = zip(*pairs, strict=True)
+    return statistics.linear_regression(x, y).slope
+
+
+def measure(name: str, settings: Settings) -> list[Row]:
+    """A row for the time and one for the memory, of vmap or of the one network."""
+    curve = curves(settings.quick)[name]
+    work = [curve.work(size) for size in curve.sizes]
+    times: dict[str, list[float]] = {}
+    peaks: dict[str, list[float]] = {}
+    for size in curve.sizes:
+        for contender, build in curve.contenders(size).items():
+            before = memory.live()
+            step = build().step
+            step()
+            held = memory.live() - before
+            taken = [machine.seconds(step) for _ in range(settings.rounds)]
+            times.setdefault(contender, []).append(statistics.median(taken))
+            peaks.setdefault(contender, []).append(held + memory.growth_within(step))
+    rows = []
+    for what, found in (("time", times), ("memory", peaks)):
+        value = exponent(work, found["funcnets"])
+        row = Row(f"{what} against {name}", LINEAR, value, "exponent", ours="funcnets")
+        for contender, values in found.items():
+            for size, one in zip(work, values, strict=True):
+                key = "bytes" if what == "memory" else "median"
+                measured = {"size": float(size), key: one}
+                row.contenders[f"{contender}, {size}"] = measured | (
+                    {} if what == "memory" else {"low": one, "high": one}
+                )
+        rows.append(row)
+    if len(times) > 1:
+        rows[0].reported["vmap"] = crossing(curve.sizes, *times.values())
+    return rows
+
+
+def crossing(sizes: list[int], ours: list[float], loop: list[float]) -> str:
+    """From how many members on vmap takes longer than one by one, and where it is at its best."""
+    place = len(sizes)
+    while place and ours[place - 1] > loop[place - 1]:
+        place -= 1
+    best = min(range(len(sizes)), key=lambda i: ours[i] / sizes[i])
+    stops = f"from {sizes[place]} members on" if place < len(sizes) else "nowhere here"
+    return f"stops paying {stops}; takes the least time a member at {sizes[best]}"
+
+
+def draw(rows: list[Row], path: Path) -> None:
+    """A panel for each curve, on logarithmic axes; dashed is linear."""
+    shown = [row for row in rows if row.unit == "exponent"]
+    figure, panels = plt.subplots(
+        2,
+        (len(shown) + 1) // 2,
+        figsize=(2.9 * ((len(shown) + 1) // 2), 5.6),
+        squeeze=False,
+        constrained_layout=True,
+    )
+    for i, row in enumerate(shown):
+        axes = panels[i % 2][i // 2]  # time above memory
+        series: dict[str, list[tuple[float, float]]] = {}
+        for label, found in row.contenders.items():
+            value = found["bytes"] / 1e6 if "bytes" in found else 1e3 * found["median"]
+            series.setdefault(label.rpartition(",")[0], []).append((found["size"], value))
+        for label, points in series.items():
+            axes.loglog(*zip(*points, strict=True), marker=".", label=label)
+        (first, _), (last, value) = series["funcnets"][0], series["funcnets"][-1]
+        axes.loglog([first, last], [value * first / last, value], "k--", linewidth=0.7)
+        axes.set_title(f"{row.workload}\nexponent {row.value:.2f}", fontsize=8)
+        axes.set_ylabel("MB" if "memory" in row.workload else "ms", fontsize=8)
+        if len(series) > 1:
+            axes.legend(fontsize=7)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _bound(name: str) -> Callable[[Settings], list[Row]]:
+    return lambda settings: measure(name, settings)
+
+
+WORKLOADS: Workloads = {name: _bound(name) for name in curves(True)}

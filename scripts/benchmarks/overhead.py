@@ -1,0 +1,98 @@
+"""What a call of a compiled function costs beyond the graph it runs."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+
+import funcnets
+from benchmarks import machine
+from benchmarks.race import Row, Settings, Workloads, spread
+from funcnets import optim, tree
+
+CALLS = 100
+
+
+def nested(leaves: int) -> TensorDict:
+    """A tree of so many small leaves, two in each of its nodes, ten nodes in each of theirs."""
+    layers = leaves // 2
+    return TensorDict(
+        {
+            f"block{b}": {
+                f"layer{i}": {"weight": torch.ones(4, 4), "bias": torch.ones(4)}
+                for i in range(min(10, layers - b))
+            }
+            for b in range(0, layers, 10)
+        }
+    )
+
+
+def call(settings: Settings) -> list[Row]:
+    """An Adam step over three trees of 120 leaves, beside the same graph given its tensors."""
+    optimizer, backend = optim.adam(1e-3), "aot_eager" if settings.quick else "inductor"
+    params = tree.map(machine.place, nested(20 if settings.quick else 120))
+
+    def step(params: Any, state: Any) -> Any:
+        updates, state = optimizer.update(params, state, params)  # the gradient of half its square
+        return optim.apply_updates(params, updates), state
+
+    def own() -> Any:
+        copied = tree.map(torch.clone, params)
+        return copied, optimizer.init(copied)
+
+    ours, held = funcnets.compile(step, donate=(0, 1), backend=backend), own()
+    held = ours(*held)
+    # The one graph that was compiled, without what stands around it; it writes in place, too.
+    graph = next(iter(ours._entries.values()))[0].compiled
+    flat = tree.leaves(own())
+
+    def run_tree() -> None:
+        nonlocal held
+        for _ in range(CALLS):
+            held = ours(*held)
+
+    def run_flat() -> None:
+        for _ in range(CALLS):
+            graph(*flat)
+
+    def torchs(f: Any, given: Any) -> Any:
+        compiled = torch.compile(f, backend=backend)
+        compiled(*given)
+
+        def run() -> None:
+            for _ in range(CALLS):
+                compiled(*given)
+
+        return run
+
+    runs = {"funcnets, compiled": run_tree, "its graph, flat": run_flat}
+    reported: dict[str, str] = {}
+    if not settings.quick:
+        try:
+            runs["torch.compile over TensorDicts"] = torchs(step, own())
+        except Exception as error:  # what Dynamo cannot do is a finding, not the end
+            reported["torch.compile over TensorDicts"] = f"fails: {type(error).__name__}"
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for name in runs:
+        runs[name]()
+    for _ in range(settings.rounds):
+        for name, run in runs.items():
+            times[name].append(machine.seconds(run) / CALLS)
+    beyond = [
+        1e3 * (a - b)
+        for a, b in zip(times["funcnets, compiled"], times["its graph, flat"], strict=True)
+    ]
+    row = Row(
+        "call of a compiled step, 120 leaves", 0.2, statistics.median(beyond), "ms above flat"
+    )
+    found = spread(beyond)
+    row.low, row.high = found["low"], found["high"]
+    row.ours, row.rival = "funcnets, compiled", "its graph, flat"
+    row.contenders, row.reported = {n: spread(values) for n, values in times.items()}, reported
+    return [row]
+
+
+WORKLOADS: Workloads = {"call overhead": call}

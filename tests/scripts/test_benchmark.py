@@ -1,0 +1,119 @@
+"""scripts/benchmark.py: a few rows to the end, and who has other results is not timed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+
+
+@pytest.fixture(scope="module")
+def script():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(SCRIPTS))
+        import benchmark
+
+        yield benchmark
+
+
+def test_quick_rows_end_in_a_table_a_file_and_a_figure(script, tmp_path, capsys):
+    with torch.random.fork_rng():
+        script.main(
+            ["--quick", "--rounds", "2", "--output", str(tmp_path), "--only", "GRU", "MLPs"]
+        )
+    record = json.loads((tmp_path / "benchmark.json").read_text())
+    assert record["machine"]["versions"]["torch"] == torch.__version__.partition("+")[0]
+    rows = {row["workload"]: row for row in record["rows"]}
+    assert list(rows) == ["ensemble of 32 MLPs", "GRU step, hidden 32, length 96"]
+    printed = capsys.readouterr().out
+    for row in rows.values():
+        assert row["workload"] in printed
+        assert row["low"] <= row["value"] <= row["high"]
+        assert row["holds"] == (row["value"] <= row["target"])
+        assert row["ours"].startswith("funcnets")
+        assert not row["rival"].startswith("funcnets")
+        assert row["floor"]["operations"] > 0
+        assert not any("compiled" in name for name in row["contenders"])
+        assert all("other results" not in why for why in row["reported"].values())
+    assert {"funcnets, eager", "nn.Module one by one, eager", "EnsembleModule, eager"} <= set(
+        rows["ensemble of 32 MLPs"]["contenders"]
+    )
+    assert (tmp_path / "benchmark.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_floor_counts_products_and_what_they_move(script):
+    a, b = torch.ones(8, 4), torch.ones(4, 2)
+    found = script.machine.floor(lambda: (a @ b).relu(), 3)
+    assert found["operations"] == 2 * 8 * 4 * 2
+    assert found["bytes"] == 4 * (8 * 4 + 4 * 2 + 8 * 2) + 8 * 4 * 3
+    assert found["seconds"] > 0
+
+
+def contender(script, values, calls):
+    from benchmarks.race import Contender
+
+    return lambda: Contender(lambda: calls.append(1), lambda: values)
+
+
+def test_other_results_are_reported_and_not_timed(script):
+    from benchmarks.race import Case, Settings, race
+
+    ones, near = torch.ones(4), torch.ones(4) + 1e-3
+    wrong: list[int] = []
+    case = Case(
+        {"w": torch.full((4,), 0.5)},
+        {
+            "funcnets, eager": contender(script, {"w": ones}, []),
+            "rival, eager": contender(script, {"w": near}, []),
+            "half the change, eager": contender(script, {"w": ones * 0.75}, wrong),
+            "another name, eager": contender(script, {"v": ones}, wrong),
+            "no number, eager": contender(script, {"w": ones * torch.nan}, wrong),
+        },
+    )
+    (row,) = race("made up", {"": 1e9}, lambda quick: case, Settings(3, True))
+    assert set(row.contenders) == {"funcnets, eager", "rival, eager"}
+    assert row.rival == "rival, eager"
+    assert row.holds
+    assert len(wrong) == 3 * 2  # the steps before the comparison, and none after it
+    assert "0.5 of the change" in row.reported["half the change, eager"]
+    assert "w" in row.reported["another name, eager"]
+    assert set(row.reported) == {n for n in case.contenders if n not in row.contenders}
+
+
+def test_a_rival_that_fails_or_is_missing_is_reported(script):
+    from benchmarks.race import Case, MissingError, Settings, race
+
+    def missing():
+        raise MissingError("no jax")
+
+    def failing():
+        raise RuntimeError("it broke\nat length")
+
+    made = {
+        "funcnets, eager": contender(script, {"w": torch.ones(2)}, []),
+        "absent, eager": missing,
+        "broken, eager": failing,
+    }
+    (row,) = race("made up", {"": 1.0}, lambda quick: Case({}, made), Settings(1, True))
+    assert row.value is None  # no rival is left
+    assert not row.holds
+    assert row.reported == {
+        "absent, eager": "not here: no jax",
+        "broken, eager": "fails: RuntimeError: it broke",
+    }
+
+
+def test_the_exponent_is_that_of_the_larger_sizes(script):
+    sizes = [1, 2, 4, 8, 16, 32]
+    assert script.growth.exponent(sizes, [5, 5, 5, 64, 256, 1024]) == pytest.approx(2)
+
+
+def test_what_it_refuses(script, tmp_path, capsys):
+    for arguments in (["--only", "nothing"], ["--rounds", "0"]):
+        with pytest.raises(SystemExit):
+            script.main([*arguments, "--output", str(tmp_path)])
+    assert "peak memory, ResNet-18; got nothing" in capsys.readouterr().err.replace("\n", " ")
