@@ -159,6 +159,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--gate-epochs", type=int, default=5, help="of each learned gate")
+    parser.add_argument(
+        "--prices", type=float, nargs="+", default=[0.02, 0.1, 0.3], help="of depth"
+    )
     parser.add_argument("--batch", type=int, default=256, help="of the measured times")
     parser.add_argument("--rounds", type=int, default=9, help="of each measurement")
     parser.add_argument("--seed", type=int, default=0)
@@ -212,9 +215,9 @@ def main() -> None:
         )
     console.print(table)
 
-    prices, gates, runs = [0.02, 0.1, 0.3], {}, {}
+    gates, runs = {}, {}
     for kind, model in GATED.items():
-        for i, price in enumerate(prices):
+        for i, price in enumerate(flags.prices):
             own = train_gate(
                 *(model, paths, price, train_x, train_y, flags.gate_epochs),
                 random.fold_in(random.key(flags.seed), i),
@@ -244,8 +247,8 @@ def main() -> None:
     times = [1e6 * s / len(x) for s in spent.values()]
     right.plot(times, list(accuracy.values()), "o-", label="early exit, by threshold")
     for kind, marker in zip(GATED, ("s", "^"), strict=True):
-        times = [1e6 * gate_spent[kind, price] / len(x) for price in prices]
-        values = [learned[kind, price] for price in prices]
+        times = [1e6 * gate_spent[kind, price] / len(x) for price in flags.prices]
+        values = [learned[kind, price] for price in flags.prices]
         right.plot(times, values, marker, label=f"learned gate ({kind.replace('_', '-')})")
     for limit in thresholds[::2]:
         place = 1e6 * spent[limit] / len(x), accuracy[limit]

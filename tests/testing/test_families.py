@@ -55,7 +55,8 @@ def test_no_false_alarm(family, pytestconfig):
     @settings(max_examples=20, database=None, phases=[Phase.generate])
     @given(drawn=own.models(family))
     def run(drawn):
-        checks = testing.properties(*drawn, also=["shares_no_memory"], seed=len(found))
+        skip = () if len(found) < 3 else ("compiled_equals_eager",)  # which takes seconds
+        checks = testing.properties(*drawn, also=["shares_no_memory"], skip=skip, seed=len(found))
         for check in checks.values():
             with contextlib.suppress(pytest.skip.Exception):
                 check()

@@ -20,7 +20,7 @@ def _unchecked(subject: Subject) -> str | None:
     return "the model does not say that it checks shapes (checks_shapes=True)"
 
 
-@invariant(when=_unchecked, examples=3)
+@invariant(when=_unchecked, examples=1)
 def tells_a_wrong_parameter(trial: Try) -> None:
     """A parameter of a wrong shape, missing or too many is told by name, before any arithmetic."""
     subject, (params, inputs, key) = trial.subject, trial.parts
@@ -34,7 +34,7 @@ def tells_a_wrong_parameter(trial: Try) -> None:
         if leaf.ndim:
             sizes = (*leaf.shape[:-1], leaf.shape[-1] + 1)
             wrong["one more at its end"] = torch.ones(sizes, dtype=leaf.dtype)
-        what, other = list(wrong.items())[i % len(wrong)]  # the next one in the next case
+        what, other = list(wrong.items())[i % len(wrong)]  # with another seed, another one
         _refused(subject, _with(params, path, other), inputs, key, tree.join(path), what)
     extra = _with(params, ("unknown_part",), torch.ones(2))
     _refused(subject, extra, inputs, key, "unknown_part", "too many")
