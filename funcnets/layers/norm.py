@@ -363,7 +363,9 @@ def group_norm(
     _check_channels("group_norm", found, x)
     if num_groups < 1 or x.shape[1] % num_groups:
         fail("group_norm", "x", f"channels divisible by {num_groups=}", x.shape)
-    return F.group_norm(x, num_groups, found.get("weight", None), found.get("bias", None), eps)
+    # Not of torch.nn.functional, which refuses a group of one value, but in a batch of one alone.
+    affine = found.get("weight", None), found.get("bias", None)
+    return torch.group_norm(x, num_groups, *affine, eps, torch.backends.cudnn.enabled)
 
 
 def _affine(

@@ -8,6 +8,7 @@ from typing import Any
 from funcnets.model import Model
 
 _DERIVATIVES = ("gradients_match_finite_differences", "hessian_products_are_right")
+_PRECISIONS = ("single_precision_is_close", "bfloat16_is_close")
 _BY_FAMILY: dict[str, tuple[str, tuple[str, ...]]] = {
     "gated": ("the gate is trained as though it were soft", _DERIVATIVES),
     "early_exit": (
@@ -33,6 +34,9 @@ def not_meant(model: Any) -> dict[str, str]:
         if getattr(part.config, "padding_idx", None) is not None:
             reason, names = "the row of padding is read and not trained", _DERIVATIVES
         found |= dict.fromkeys(names, reason)
+        heads = part.family == "gpt" and part.config.normalize
+        if heads or getattr(part.config, "norm", None) == "rms":
+            found |= dict.fromkeys(_PRECISIONS, "an RMS norm adds the epsilon of its precision")
     return found
 
 

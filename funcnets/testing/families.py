@@ -24,7 +24,10 @@ FEED_FORWARDS = st.sampled_from(["relu", "gelu", "swiglu", "geglu", "squared_rel
 POSITIONS = st.sampled_from(["learned", "sinusoidal", "rotary", "alibi", "none"])
 SHARES = st.sampled_from(["none", "stacked", "all"])
 CELLS = st.sampled_from(["rnn_tanh", "lstm", "gru"])
-BATCH_OR_GROUP = st.sampled_from([None, "batch", "group"])
+NORMS = (None, "batch", "group")
+BATCH_OR_GROUP = st.sampled_from(NORMS)
+# Two groups of one channel each would be zeros where the map has one place.
+CHANNELS = {norm: st.sampled_from([4, 6] if norm == "group" else [2, 4]) for norm in NORMS}
 STEMS = st.sampled_from(["imagenet", "small"])
 POOLS = st.sampled_from([None, "max", "avg"])
 MERGES = st.sampled_from(["concat", "add"])
@@ -168,7 +171,8 @@ def _square(channels: int, size: int) -> Any:
 
 @st.composite
 def _cnn(draw: Any, rate: Rates) -> Drawn:
-    widths, pool = draw(_list(st.sampled_from([2, 4]), 1, 2)), draw(POOLS)
+    norm, pool = draw(BATCH_OR_GROUP), draw(POOLS)
+    widths = draw(_list(CHANNELS[norm], 1, 2))
     least, dims = 2 ** len(widths) if pool else 1, draw(st.integers(1, 3))
     space = [draw(st.integers(least, least + 2)) for _ in range(dims)]
     options = {
@@ -179,7 +183,7 @@ def _cnn(draw: Any, rate: Rates) -> Drawn:
         "kernel_size": draw(st.sampled_from([1, 3, 5])),
         "dims": dims,
         "activation": draw(ACTIVATIONS),
-        "norm": draw(BATCH_OR_GROUP),
+        "norm": norm,
         "groups": 2,
         "pool": pool,
         "dropout": draw(rate),
@@ -190,7 +194,8 @@ def _cnn(draw: Any, rate: Rates) -> Drawn:
 
 @st.composite
 def _unet(draw: Any, rate: Rates) -> Drawn:
-    widths = draw(_list(st.sampled_from([2, 4]), 2, 3))
+    norm = draw(BATCH_OR_GROUP)
+    widths = draw(_list(CHANNELS[norm], 2, 3))
     least = 2 ** (len(widths) - 1)
     height, width = (draw(st.integers(least, 2 * least + 1)) for _ in range(2))
     options = {
@@ -198,7 +203,7 @@ def _unet(draw: Any, rate: Rates) -> Drawn:
         "num_classes": draw(SIZES),
         "widths": widths,
         "convolutions": draw(DEPTHS),
-        "norm": draw(BATCH_OR_GROUP),
+        "norm": norm,
         "groups": 2,
         "upsample": draw(st.sampled_from(["transposed", "bilinear", "nearest"])),
         "activation": draw(ACTIVATIONS),
@@ -388,7 +393,8 @@ def _recurrent(draw: Any, rate: Rates) -> Drawn:
 @st.composite
 def _seq2seq(draw: Any, rate: Rates) -> Drawn:
     encoder, tokens = draw(st.booleans()), draw(st.booleans())
-    features, outputs, steps = draw(SIZES), draw(WIDTHS), draw(st.integers(1, 3))
+    # In one step the decoder is given nothing but the start.
+    features, outputs, steps = draw(SIZES), draw(WIDTHS), draw(st.integers(2, 3))
     options = {
         "in_features": features,
         "out_features": outputs,
@@ -407,12 +413,11 @@ def _seq2seq(draw: Any, rate: Rates) -> Drawn:
     source = floats(f"batch {features}")
     if encoder:
         source = _sequence("time=3", features, options["num_embeddings"])
-    targets = (_sequence(steps, outputs, outputs if tokens else None),)
-    # Those of the last step are not read.
-    return options, (source, *(targets if steps > 1 and draw(st.booleans()) else ()))
+    targets = (_sequence(f"steps={steps}", outputs, outputs if tokens else None),)
+    return options, (source, *(targets if draw(st.booleans()) else ()))
 
 
-def _sequence(time: int | str, features: int, high: int | None = None) -> Any:
+def _sequence(time: str, features: int, high: int | None = None) -> Any:
     """Vectors over time, or where there are so many tokens, those."""
     return floats(f"batch {time} {features}") if high is None else integers(f"batch {time}", high)
 
@@ -545,7 +550,8 @@ def _multimodal(draw: Any, rate: Rates) -> Drawn:
         "cnn": (library.cnn(1, size, (2,), activation="tanh"), floats("batch 1 height=5 width=4")),
         "embedding": (library.embedding(4, size), integers("batch", 4)),
     }
-    kinds = draw(_list(st.sampled_from(list(known)), 1, 3))
+    # Attention to one part has nothing to choose.
+    kinds = draw(_list(st.sampled_from(list(known)), 1 + (fusion == "attention"), 3))
     encoders: dict[str, Model | str] = {f"{n}{i}": known[n][0] for i, n in enumerate(kinds)}
     inputs = {f"{kind}{i}": known[kind][1] for i, kind in enumerate(kinds)}
     if draw(st.booleans()):

@@ -49,18 +49,18 @@ def close(actual, expected, **options):
 
 
 def draw(data, name, key):
-    """A case, its parameters and inputs, and a function to the weighted sum of its outputs."""
+    """A case, its parameters and inputs, and a weighted sum of its outputs."""
     case = data.draw(CASES[name])
     params, inputs = case.params(random.fold_in(key, 0)), case.draw_inputs(random.fold_in(key, 1))
 
-    def loss(params, *inputs):
+    def weigh(outputs):
         total = 0.0
-        for i, y in enumerate(tree.leaves(case.apply(params, *inputs))):
+        for i, y in enumerate(tree.leaves(outputs)):
             weights = random.normal(random.fold_in(key, 2 + i), y.shape, dtype=DTYPE)
             total = total + (weights * (y + 0.1 * y.square())).sum()
         return total
 
-    return case, params, inputs, loss
+    return case, params, inputs, weigh
 
 
 def noise_like(structure, key):
@@ -116,13 +116,14 @@ def test_properties(name, data, seed):
 @settings(max_examples=2)
 @given(data=st.data(), key=keys)
 def test_traced_equals_eager(name, data, key):
-    case, params, inputs, loss = draw(data, name, key)
+    case, params, inputs, weigh = draw(data, name, key)
     point = (params, *inputs)
     leaves, structure = tree.flatten(point)
 
     def step(*leaves):
         arguments = tree.unflatten(structure, list(leaves))
-        return case.apply(*arguments), tree.leaves(grad(lambda a: loss(*a))(arguments))
+        gradient = grad(lambda a: weigh(case.apply(*a)))(arguments)
+        return case.apply(*arguments), tree.leaves(gradient)
 
     traced = make_fx(step, tracing_mode="fake", _allow_non_fake_inputs=True)(*leaves)
     other = tree.leaves(noise_like(point, key))
@@ -135,14 +136,16 @@ def test_traced_equals_eager(name, data, key):
 @settings(max_examples=1)
 @given(data=st.data(), key=keys)
 def test_compiled_equals_eager(name, data, key):
-    case, params, inputs, loss = draw(data, name, key)
-
-    def step(params, *inputs):
-        return case.apply(params, *inputs), grad(lambda a: loss(*a))((params, *inputs))
-
+    case, params, inputs, weigh = draw(data, name, key)
     torch._dynamo.reset()
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    close(compiled(params, *inputs), step(params, *inputs))
     compiled = torch.compile(case.apply, fullgraph=True, backend="aot_eager")
-    tracked = tree.map(lambda leaf: leaf.clone().requires_grad_(), params)
-    close(tree.map(torch.detach, compiled(tracked, *inputs)), case.apply(params, *inputs))
+    trained, buffers = tree.partition(params)
+    point = tree.map(lambda leaf: leaf.clone().requires_grad_(), (trained, *inputs))
+    outputs = compiled(tree.merge(point[0], buffers), *point[1:])
+    close(tree.map(torch.detach, outputs), case.apply(params, *inputs))
+    expected = grad(lambda a: weigh(case.apply(tree.merge(a[0], buffers), *a[1:])))(
+        (trained, *inputs)
+    )
+    leaves = tree.leaves(point)
+    found = torch.autograd.grad(weigh(outputs), leaves, materialize_grads=True)
+    close(list(found), tree.leaves(expected))

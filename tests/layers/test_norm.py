@@ -237,3 +237,11 @@ def test_normalize_of_zeros_has_finite_derivatives():
     assert torch.equal(grad(of_one)(x), torch.full_like(x, 1e12))
     second = grad(lambda x: grad(of_one)(x).sum())(x)
     assert torch.equal(second, torch.zeros_like(x))
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_group_of_one_value_is_zero_in_a_batch_of_any_size(batch):
+    params = layers.init_group_norm(KEY, 2)
+    x = random.normal(KEY, (batch, 2, 1))
+    found = layers.group_norm(params, x, 2)
+    torch.testing.assert_close(found, torch.zeros(batch, 2, 1), atol=1e-3, rtol=0)

@@ -58,7 +58,7 @@ def closest_difference(f: Callable[[float], Tensor], slope: float, at: At) -> fl
     A kink that lies within one of the steps does not lie within all of them.
     """
     double = all(x.dtype == torch.float64 for x in at.values())
-    steps = (1e-5, 1e-6, 1e-7) if double else (1e-2, 3e-3, 1e-3)
+    steps = (1e-6, 1e-7, 1e-8) if double else (1e-2, 3e-3, 1e-3)
     slopes = [(f(h) - f(-h)).item() / (2 * h) for h in steps]
     return min(slopes, key=lambda found: abs(found - slope))
 
