@@ -40,7 +40,7 @@ def chunked(
     ([0, 3, 6, 9, 12], torch.Size([5]))
     """
     if chunk not in (None, "auto") and (not isinstance(chunk, int) or chunk < 1):
-        raise ValueError(f"chunk: expected at least 1, got {chunk}")
+        raise ValueError(f"chunk: expected None, 'auto' or at least 1, got {chunk!r}")
     if any(dim not in (0, None) for dim in (in_dims if isinstance(in_dims, tuple) else (in_dims,))):
         raise ValueError(f"chunked: in_dims: expected 0 or None for each, got {in_dims}")
     whole = vmap(f, in_dims)

@@ -234,6 +234,11 @@ def supervised_contrastive(
     """
     same, fellows = _same("supervised_contrastive", embeddings, labels)
     logits = (similarity or _cosines)(embeddings, embeddings) / temperature
+    if logits.shape != same.shape:
+        raise ValueError(
+            f"supervised_contrastive: similarity: expected {list(same.shape)}, "
+            f"got {list(logits.shape)}"
+        )
     # A finite number for minus infinity: of a row of those, logsumexp would have no gradient.
     lowest = torch.finfo(logits.dtype).min / 2
     others = torch.logsumexp(logits.masked_fill(same, lowest), dim=1, keepdim=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -272,12 +273,13 @@ def _pair(model: Any, params: Any) -> tuple[Callable[..., Any], Callable[..., An
     init: Any = None
     apply: Any = model
     if isinstance(model, nn.Module):
+        still = copy.deepcopy(model).eval()
 
         def from_module(key: Any) -> Any:
-            return tree.from_module(model)
+            return tree.from_module(still)
 
         def call(params: Any, *inputs: Any) -> Any:
-            return functional_call(model, tree.to_state_dict(params, model), inputs)
+            return functional_call(still, tree.to_state_dict(params, still), inputs)
 
         init, apply = from_module, call
     elif isinstance(model, tuple) and len(model) == 2:

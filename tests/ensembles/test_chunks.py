@@ -88,7 +88,7 @@ def test_members(places):
 
 
 def test_errors():
-    with pytest.raises(ValueError, match="chunk: expected at least 1, got 0"):
+    with pytest.raises(ValueError, match="chunk: expected None, 'auto' or at least 1, got 0"):
         ensembles.chunked(step, 0)
     with pytest.raises(ValueError, match=r"in_dims: expected 0 or None for each, got \(1, None\)"):
         ensembles.chunked(step, 2, (1, None))

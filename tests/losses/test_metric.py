@@ -211,6 +211,8 @@ def test_supervised_contrastive_by_another_similarity():
     torch.testing.assert_close(found, losses.supervised_contrastive(x, labels, 0.2))
     farther = losses.supervised_contrastive(x, labels, 0.2, lambda x, y: -cosines(x, y))
     assert not torch.isclose(found, farther)
+    with pytest.raises(ValueError, match=r"similarity: expected \[5, 5\], got \[\]"):
+        losses.supervised_contrastive(x, labels, 0.2, lambda x, y: x.sum())
 
 
 def test_supervised_contrastive_counts_all_other_views():

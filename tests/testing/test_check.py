@@ -43,7 +43,9 @@ def test_ways_to_give_a_model(model, inputs, options):
 
 
 def test_a_module_whole():
-    testing.check_model(module(), X, examples=2, skip=["compiled_equals_eager"])
+    training = module().train()  # it is looked at as at inference, and left as it is
+    testing.check_model(training, X, examples=2, skip=["compiled_equals_eager"])
+    assert training.training
 
 
 def test_all_names_are_told_with_why():
