@@ -117,7 +117,7 @@ def test_influence_is_what_a_step_does():
             "influence: rates: expected one for each of 1 checkpoints, got 2",
         ),
         (lambda x: per_sample.noise_scale(loss, PARAMS, x, 0), "chunk: expected at least 1, got 0"),
-        (lambda x: per_sample.norms(loss, PARAMS, x, 0), "chunk: expected at least 1, got 0"),
+        (lambda x: per_sample.norms(loss, PARAMS, x, 0), "'auto' or at least 1, got 0"),
     ],
 )
 def test_errors(call, message):
