@@ -89,7 +89,9 @@ def similarities(one: Tensor, other: Tensor) -> Tensor:
     map, at a price: no two people put a stroke at quite the same place. Embeddings may be those of
     several views, side by side.
     """
-    return (_stretched(one, other) + _stretched(other, one).mT) / 2
+    there = _stretched(one, other)
+    back = there if other is one else _stretched(other, one)
+    return (there + back.mT) / 2
 
 
 def _stretched(one: Tensor, other: Tensor) -> Tensor:
@@ -283,17 +285,11 @@ def make_views(known: data.Omniglot) -> Callable[[random.Key], tuple[Tensor, Ten
 
 
 def loss(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """The supervised contrastive loss; for how many the nearest in the batch is of their class."""
-    alike: list[Tensor] = []
-
-    def similarity(x: Tensor, y: Tensor) -> Tensor:
-        half = _stretched(x, y)  # of which, as x is y, the other way is the transpose
-        alike.append((half + half.mT) / 2)
-        return alike[0]
-
+    """The loss; and for how many the nearest of the batch, by cosine, is of their class."""
     with torch.autocast(embeddings.device.type, torch.bfloat16):
-        value = losses.supervised_contrastive(embeddings, labels, TEMPERATURE, similarity)
-    nearest = alike[0].detach().clone().fill_diagonal_(-1.0).argmax(1)
+        value = losses.supervised_contrastive(embeddings, labels, TEMPERATURE, similarities)
+    near = embeddings.detach()
+    nearest = (near @ near.mT).fill_diagonal_(-1.0).argmax(1)
     accuracy = (labels[nearest] == labels).float().mean()
     return value, {"accuracy": accuracy}
 

@@ -34,9 +34,9 @@ def not_meant(model: Any) -> dict[str, str]:
         if getattr(part.config, "padding_idx", None) is not None:
             reason, names = "the row of padding is read and not trained", _DERIVATIVES
         found |= dict.fromkeys(names, reason)
-        heads = part.family == "gpt" and part.config.normalize
-        if heads or getattr(part.config, "norm", None) == "rms":
-            found |= dict.fromkeys(_PRECISIONS, "an RMS norm adds the epsilon of its precision")
+        if part.family == "mlp" and (part.config.norm, part.config.activation) == ("rms", "relu"):
+            reason = "of what relu leaves next to nothing of, an RMS norm is its epsilon's"
+            found |= dict.fromkeys(_PRECISIONS, reason)
     return found
 
 

@@ -422,28 +422,34 @@ def _sequence(time: str, features: int, high: int | None = None) -> Any:
     return floats(f"batch {time} {features}") if high is None else integers(f"batch {time}", high)
 
 
-@st.composite
-def _gpt(draw: Any, rate: Rates) -> Drawn:
-    heads, groups = draw(st.sampled_from([(1, None), (2, None), (2, 1), (4, 2)]))
-    vocabulary, time = draw(SIZES), draw(st.integers(1, 5))
-    options = {
+def _blocks(draw: Any, rate: Rates, heads: int, vocabulary: int, time: int) -> dict[str, Any]:
+    """What gpt and bert have in common."""
+    return {
         "vocabulary": vocabulary,
         "context": time + 1,
         "width": heads * draw(st.sampled_from([2, 4])),
         "depth": draw(st.integers(1, 3)),
         "heads": heads,
-        "key_value_heads": groups,
-        "hidden": draw(st.sampled_from([None, 3])),
         "positions": draw(POSITIONS),
         "norm": draw(st.sampled_from(["layer", "rms"])),
         "activation": draw(FEED_FORWARDS),
+        "share": draw(SHARES),
+        "dropout": draw(rate),
+        "init_std": 0.2,
+    }
+
+
+@st.composite
+def _gpt(draw: Any, rate: Rates) -> Drawn:
+    heads, groups = draw(st.sampled_from([(1, None), (2, None), (2, 1), (4, 2)]))
+    vocabulary, time = draw(SIZES), draw(st.integers(1, 5))
+    options = _blocks(draw, rate, heads, vocabulary, time) | {
+        "key_value_heads": groups,
+        "hidden": draw(st.sampled_from([None, 3])),
         "normalize": draw(st.booleans()),
         "window": draw(st.sampled_from([None, 2])),
         "bias": draw(st.booleans()),
         "tied": draw(st.booleans()),
-        "share": draw(SHARES),
-        "dropout": draw(rate),
-        "init_std": 0.2,
         "soft_cap": draw(st.sampled_from([None, 3.0])),
     }
     return options, (integers(f"batch time={time}", vocabulary),)
@@ -452,20 +458,9 @@ def _gpt(draw: Any, rate: Rates) -> Drawn:
 @st.composite
 def _bert(draw: Any, rate: Rates) -> Drawn:
     heads, vocabulary, time = draw(DEPTHS), draw(SIZES), draw(st.integers(1, 5))
-    options = {
-        "vocabulary": vocabulary,
-        "context": time + 1,
-        "width": heads * draw(st.sampled_from([2, 4])),
-        "depth": draw(st.integers(1, 3)),
-        "heads": heads,
-        "positions": draw(POSITIONS),
-        "norm": draw(st.sampled_from(["layer", "rms"])),
+    options = _blocks(draw, rate, heads, vocabulary, time) | {
         "norm_first": draw(st.booleans()),
-        "activation": draw(FEED_FORWARDS),
         "head": draw(st.booleans()),
-        "share": draw(SHARES),
-        "dropout": draw(rate),
-        "init_std": 0.2,
     }
     return options, (integers(f"batch time={time}", vocabulary),)
 

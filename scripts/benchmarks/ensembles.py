@@ -11,7 +11,7 @@ import torchvision
 from tensordict import TensorDict
 from tensordict.nn import EnsembleModule, TensorDictModule
 from torch import Tensor, nn
-from torch.func import functional_call, stack_module_state, vmap
+from torch.func import stack_module_state, vmap
 
 import funcnets
 from benchmarks import machine, networks
@@ -43,7 +43,9 @@ def ensemble(
 
     contenders = {
         "funcnets, eager": lambda: networks.pure(all_at_once, start(fresh()), *batch),
-        "funcnets, fused torch.optim": lambda: fused(model, fresh(), *batch),
+        "funcnets, fused torch.optim": lambda: networks.torch_optim(
+            model, F.cross_entropy, fresh(), *batch, members=True
+        ),
         "funcnets, chunk chosen, eager": lambda: networks.pure(chosen, start(fresh()), *batch),
         "funcnets, compiled": lambda: networks.donated(all_at_once, start(fresh()), *batch),
         "funcnets, one by one, compiled": lambda: one_by_one(step, start(fresh()), *batch),
@@ -75,23 +77,6 @@ def one_by_one(step: Callable[..., Any], held: Any, x: Tensor, y: Tensor) -> Con
         return networks.named(tree.stack([tree.merge(own[0], own[1]) for own in members]))
 
     return Contender(run, result)
-
-
-def fused(model: Model, params: Any, x: Tensor, y: Tensor) -> Contender:
-    """Our gradients of all members, and torch.optim's fused Adam over the stacked leaves."""
-    trained, buffers = tree.partition(params)
-    leaves = tree.leaves(trained)
-    adam = torch.optim.Adam(leaves, lr=networks.RATE, fused=True)
-    gradients_at = vmap(networks.gradients_of(model, F.cross_entropy), (0, 0, None, None))
-
-    def run() -> None:
-        nonlocal buffers
-        gradients, buffers = gradients_at(trained, buffers, x, y)
-        for leaf, gradient in zip(leaves, tree.leaves(gradients), strict=True):
-            leaf.grad = gradient
-        adam.step()
-
-    return Contender(run, lambda: networks.named(tree.merge(trained, buffers)))
 
 
 def modules(build: Callable[[], nn.Module], params: Any) -> list[nn.Module]:
@@ -134,27 +119,8 @@ def stacked(
     held = modules(build, params)
     weights, buffers = stack_module_state(held)
     weights = {name: weight.detach() for name, weight in weights.items()}
-    network = held[0]
-    adam = torch.optim.Adam(weights.values(), lr=networks.RATE, fused=True)
-
-    def objective(weights: Any, buffers: Any, x: Tensor, y: Tensor) -> Any:
-        buffers = {name: buffer.clone() for name, buffer in buffers.items()}
-        return F.cross_entropy(functional_call(network, (weights, buffers), (x,)), y), buffers
-
-    gradients_at = vmap(torch.func.grad(objective, has_aux=True), (0, 0, None, None))
-    if compiled:
-        gradients_at = torch.compile(gradients_at)
-
-    def run() -> None:
-        nonlocal buffers
-        gradients, buffers = gradients_at(weights, buffers, x, y)
-        for name, gradient in gradients.items():
-            weights[name].grad = gradient
-        adam.step()
-
-    return Contender(
-        run,
-        lambda: weights | networks.without_counters(buffers),
+    return networks.functional(
+        held[0], F.cross_entropy, weights, buffers, x, y, compiled, members=True
     )
 
 

@@ -201,12 +201,16 @@ def graphed(step: Callable[..., Any], held: Any, *batch: Tensor) -> Contender:
     return Contender(graph.replay, lambda: named(tree.merge(held[0], held[1])))
 
 
-def torch_optim(model: Model, loss: Loss, params: Any, *batch: Tensor) -> Contender:
-    """Our gradients, and torch.optim's fused Adam over the leaves."""
+def torch_optim(
+    model: Model, loss: Loss, params: Any, *batch: Tensor, members: bool = False
+) -> Contender:
+    """Our gradients, of one network or of all members, and torch.optim's fused Adam."""
     trained, buffers = tree.partition(params)
     leaves = tree.leaves(trained)
     adam = torch.optim.Adam(leaves, lr=RATE, fused=True)
     gradients_at = gradients_of(model, loss)
+    if members:
+        gradients_at = torch.func.vmap(gradients_at, (0, 0, None, None))
 
     def run() -> None:
         nonlocal buffers
@@ -243,7 +247,20 @@ def torch_func(
     """What people write with torch.func: functional_call, grad and fused Adam over the weights."""
     tree.to_module(params, network.train().to(machine.DEVICE))
     weights = {name: machine.place(p.detach()) for name, p in network.named_parameters()}
-    buffers = dict(network.named_buffers())
+    return functional(network, loss, weights, dict(network.named_buffers()), x, y, compiled)
+
+
+def functional(
+    network: nn.Module,
+    loss: Loss,
+    weights: dict[str, Tensor],
+    buffers: dict[str, Tensor],
+    x: Tensor,
+    y: Tensor,
+    compiled: bool,
+    members: bool = False,
+) -> Contender:
+    """functional_call and grad, of one network or vmapped over stacked ones, and fused Adam."""
     adam = torch.optim.Adam(weights.values(), lr=RATE, fused=True)
 
     def objective(weights: Any, buffers: Any, x: Tensor, y: Tensor) -> Any:
@@ -253,6 +270,8 @@ def torch_func(
         return loss(outputs, y), buffers
 
     gradients_at = torch.func.grad(objective, has_aux=True)
+    if members:
+        gradients_at = torch.func.vmap(gradients_at, (0, 0, None, None))
     if compiled:
         gradients_at = torch.compile(gradients_at)
 

@@ -108,6 +108,26 @@ def residual_block(draw: Any, kind: str, train: bool) -> Case:
     )
 
 
+@st.composite
+def inverted_residual(draw: Any, train: bool) -> Case:
+    """Its modules are in test_inverted_residual: one of three kinds."""
+    n, m, fused = draw(sizes), draw(sizes), draw(st.booleans())
+    squeeze = None if fused else draw(st.sampled_from([None, 2]))
+    inner = draw(st.integers(1, 4)) if squeeze is None else draw(st.integers(2, 4))
+    return Case(
+        partial(
+            layers.init_inverted_residual,
+            in_channels=n,
+            out_channels=m,
+            expanded_channels=inner,
+            squeeze=squeeze,
+            fused=fused,
+        ),
+        outputs(layers.inverted_residual, train, stride=draw(st.integers(1, 2))),
+        ((draw(st.integers(2, 3)), n, *space_of(draw, 2, 3)),),
+    )
+
+
 CASES: dict[str, st.SearchStrategy[Case]] = {
     "conv_norm": conv_norm(train=False),
     "conv_norm_train": conv_norm(train=True),
@@ -116,4 +136,7 @@ CASES: dict[str, st.SearchStrategy[Case]] = {
     "residual_block_train": residual_block("basic", train=True),
     "bottleneck_block": residual_block("bottleneck", train=False),
     "bottleneck_block_train": residual_block("bottleneck", train=True),
+    "inverted_residual": inverted_residual(train=False),
+    "inverted_residual_train": inverted_residual(train=True),
 }
+WITH_MODULE = [name for name in CASES if not name.startswith("inverted_residual")]

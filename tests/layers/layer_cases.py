@@ -438,10 +438,9 @@ CASES: dict[str, st.SearchStrategy[Case]] = {
     "glu": gated(layers.glu, nn.GLU),
     "geglu": gated(layers.geglu, None),
     "swiglu": gated(layers.swiglu, None),
+    "elu_features": gated(layers.elu_features, None),
+    "normalize": gated(layers.normalize, None),
 }
-WITH_MODULE = [
-    name
-    for name in CASES
-    if "dropout" not in name and name not in ("stochastic_depth", "activation", "geglu", "swiglu")
-]
+NO_MODULE = ["stochastic_depth", "activation", "geglu", "swiglu", "elu_features", "normalize"]
+WITH_MODULE = [name for name in CASES if "dropout" not in name and name not in NO_MODULE]
 WITH_PARAMS = [name for name in WITH_MODULE if "pool" not in name and name != "glu"]

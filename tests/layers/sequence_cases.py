@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -20,10 +21,8 @@ activations = st.sampled_from(["relu", "gelu", "squared_relu", "swiglu", "geglu"
 
 
 def some(key: random.Key, *shape: int) -> Tensor:
-    """Most are true, and of the last axis the first is: nothing is cut off altogether."""
-    found = random.bernoulli(key, shape, 0.6)
-    found[..., 0] = True
-    return found
+    """More than half are true; all of a row may be false."""
+    return random.bernoulli(key, shape, 0.6)
 
 
 @st.composite
@@ -49,11 +48,14 @@ def scaled_dot_product(draw: Any, linear: bool = False) -> Case:
         options["mask"] = some(key, draw(st.sampled_from([1, heads])), queries, places)
     if draw(yes_no):
         options |= {"dropout": draw(st.sampled_from([0.0, 0.4, 1.0])), "key": key}
+    cut = None
     if draw(yes_no):
         inputs.append((heads, queries, places))
+        share = draw(st.sampled_from([0.0, 0.3]))
+        cut = random.bernoulli(random.fold_in(key, 1), inputs[-1], share)
 
     def apply(params: TensorDict, *x: Tensor) -> Tensor:
-        bias = x[3] if len(x) > 3 else None
+        bias = None if cut is None else torch.where(cut, -math.inf, x[3])
         return layers.scaled_dot_product_attention(*x[:3], bias=bias, **options)
 
     return Case(no_params, apply, tuple(inputs))
@@ -68,7 +70,9 @@ def attention(draw: Any, linear: bool = False) -> Case:
     options: dict[str, Any] = {"heads": heads, "causal": causal}
     if draw(yes_no):
         options["padding"] = some(key, batch, memory or time)
-    if not linear:
+    if linear:
+        options |= {"chunk": draw(sizes)} | ({"state": 0} if causal and draw(yes_no) else {})
+    else:
         options["normalize"] = draw(yes_no)
         if memory is None and draw(yes_no):
             options |= {"window": draw(sizes), "dropout": 0.4, "key": key}
@@ -168,6 +172,28 @@ def recurrent(draw: Any, kind: str) -> Case:
     return Case(case.init, apply, tuple(tuple(each.shape) for each in (x, *states)))
 
 
+CELLS = {
+    "rnn_cell": (layers.init_rnn_cell, layers.rnn_cell, 1),
+    "lstm_cell": (layers.init_lstm_cell, layers.lstm_cell, 2),
+    "gru_cell": (layers.init_gru_cell, layers.gru_cell, 1),
+}
+
+
+@st.composite
+def cell(draw: Any, name: str) -> Case:
+    init, layer, states = CELLS[name]
+    n, hidden, batch = draw(sizes), draw(sizes), draw(sizes)
+
+    def apply(params: TensorDict, x: Tensor, *state: Tensor) -> Any:
+        return layer(params, x, state if states > 1 else state[0])
+
+    return Case(
+        partial(init, input_size=n, hidden_size=hidden, bias=draw(yes_no)),
+        apply,
+        ((batch, n), *states * ((batch, hidden),)),
+    )
+
+
 @st.composite
 def positions(draw: Any) -> Case:
     """All that tells a token its place, in one."""
@@ -203,6 +229,7 @@ CASES: dict[str, st.SearchStrategy[Case]] = {
     "encoder_layer": transformer_layer(decoder=False),
     "decoder_layer": transformer_layer(decoder=True),
     **{kind: recurrent(kind) for kind in recurrent_cases.LAYERS},
+    **{name: cell(name) for name in CELLS},
     "positions": positions(),
 }
 WITH_PARAMS = [name for name in CASES if "dot_product" not in name]

@@ -1,5 +1,6 @@
 """What holds of every layer: it equals torch.nn's, and torch's transforms all work on it."""
 
+import inspect
 import warnings
 
 import block_cases
@@ -13,13 +14,14 @@ from layer_cases import DTYPE, reference
 from torch.func import grad, vjp
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from funcnets import random, testing, tree
+from funcnets import layers, random, testing, tree
 
 keys = st.integers(0, 2**16).map(random.key)
 few = settings(max_examples=4)
 CASES = layer_cases.CASES | block_cases.CASES | sequence_cases.CASES
-WITH_MODULE = [*layer_cases.WITH_MODULE, *block_cases.CASES]
+WITH_MODULE = [*layer_cases.WITH_MODULE, *block_cases.WITH_MODULE]
 WITH_PARAMS = [*layer_cases.WITH_PARAMS, *block_cases.CASES, *sequence_cases.WITH_PARAMS]
+POOLS = ["max", "avg", "adaptive_max", "adaptive_avg"]
 PROPERTIES = [
     "keeps_the_dtype",
     "leaves_its_arguments_as_they_were",
@@ -39,6 +41,17 @@ NOT_MEANT = {
     "embedding": ["gradients_match_finite_differences", "hessian_products_are_right"],
     # Other noise is drawn in another precision, and other experts may come first.
     "mixture": ["single_precision_is_close", "bfloat16_is_close"],
+}
+# What is no layer by itself: parts of those above, losses, and ways to call them.
+PARTS = {"attention_inputs", "attention_outputs", "attention_queries", "band_mask", "finish"}
+PARTS |= {"balance_loss", "importance_loss", "router_z_loss", "with_buffers", "memory_attention"}
+PARTS |= {"cached_attention", "cached_encoder_layer", "cached_decoder_layer", "relative_bucket"}
+WITHIN = {
+    "positions": "alibi_bias learned_positions relative_bias rotary sincos_2d sinusoidal",
+    "attention": "rotary_positions",
+    "activation": "identity quick_gelu squared_relu",
+    **{f"{kind}_pool": " ".join(f"{kind}_pool{d}d" for d in (1, 2, 3)) for kind in POOLS},
+    **{f"{kind}{d}d": kind for kind in ("conv", "conv_transpose") for d in (1, 2, 3)},
 }
 every_layer = pytest.mark.parametrize("name", CASES)
 
@@ -70,6 +83,17 @@ def noise_like(structure, key):
         ),
         structure,
     )
+
+
+def test_no_layer_is_missing():
+    public = {
+        name
+        for name in layers.__all__
+        if inspect.isroutine(getattr(layers, name)) and not name.startswith("init_")
+    }
+    within = {name for names in WITHIN.values() for name in names.split()}
+    assert set(WITHIN) <= set(CASES)
+    assert public - PARTS - within <= set(CASES)
 
 
 @pytest.mark.parametrize("name", WITH_MODULE)
@@ -125,10 +149,14 @@ def test_traced_equals_eager(name, data, key):
         gradient = grad(lambda a: weigh(case.apply(*a)))(arguments)
         return case.apply(*arguments), tree.leaves(gradient)
 
-    traced = make_fx(step, tracing_mode="fake", _allow_non_fake_inputs=True)(*leaves)
+    def members(*leaves):
+        return torch.func.vmap(step)(*(torch.stack([leaf, leaf + 0.1]) for leaf in leaves))
+
     other = tree.leaves(noise_like(point, key))
     other = [x.abs() + 0.5 for x in other]  # a running variance is positive
-    close(traced(*other), step(*other))
+    for f in (step, members):
+        traced = make_fx(f, tracing_mode="fake", _allow_non_fake_inputs=True)(*leaves)
+        close(traced(*other), f(*other))
 
 
 @pytest.mark.dynamo

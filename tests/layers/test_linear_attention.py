@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.func import grad, vmap
+from torch.func import grad, grad_and_value, hessian, vmap
 
+import funcnets
 from funcnets import layers, random, tree
 from funcnets.layers import linear_attention, linear_dot_product_attention
 
@@ -218,3 +219,33 @@ X = torch.zeros(2, 3, 8)
 def test_errors(unchecked, message, run):
     with pytest.raises(ValueError, match=re.escape(message)):
         run()
+
+
+def test_compiled_equals_eager():
+    params = layers.init_attention(KEY, 4, 2, dtype=DTYPE)
+    x = normal(KEY, 2, 5, 4)
+
+    def loss(params, x):
+        y, state = linear_attention(params, x, heads=2, causal=True, state=0, chunk=2)
+        return linear_attention(params, y, heads=2).sin().sum() + state.sin().sum()
+
+    close(funcnets.compile(grad(loss), backend="aot_eager")(params, x), grad(loss)(params, x))
+    assert hessian(lambda x: loss(params, x))(x[:1, :3]).isfinite().all()
+
+
+@pytest.mark.dynamo
+def test_plain_torch_compile_of_linear_attention():
+    params = layers.init_attention(KEY, 4, 2, dtype=DTYPE)
+    x, padding = normal(KEY, 2, 5, 4), torch.tensor([[True] * 4 + [False]] * 2)
+
+    def step(params, x):
+        def loss(params, x):
+            y, state = linear_attention(params, x, heads=2, causal=True, state=0, chunk=2)
+            y = linear_attention(params, y, heads=2, padding=padding)
+            return y.sin().sum() + state.sin().sum()
+
+        return grad_and_value(loss, (0, 1))(params, x)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    close(compiled(params, x), step(params, x))

@@ -5,8 +5,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.func import grad, vmap
+from torch.func import grad, grad_and_value, vmap
 
+import funcnets
 from funcnets import layers, random, tree
 from funcnets.layers import Routing, mixture
 
@@ -186,3 +187,34 @@ def test_errors(unchecked):
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
             run()
+
+
+def test_compiled_equals_eager():
+    params = layers.init_mixture(KEY, 4, 8, 3, dtype=DTYPE)
+    x = random.normal(KEY, (2, 5, 4), dtype=DTYPE)
+
+    def loss(params, x):
+        outputs, routing = mixture(params, x, routing=True)
+        return outputs.sin().sum() + layers.balance_loss(routing)
+
+    close(funcnets.compile(grad(loss), backend="aot_eager")(params, x), grad(loss)(params, x))
+    members = tree.stack([params, layers.init_mixture(random.key(1), 4, 8, 3, dtype=DTYPE)])
+    per_member = vmap(grad(loss), (0, None))
+    close(funcnets.compile(per_member, backend="aot_eager")(members, x), per_member(members, x))
+
+
+@pytest.mark.dynamo
+def test_plain_torch_compile_of_a_mixture():
+    params = layers.init_mixture(KEY, 4, 8, 3, activation="swiglu", dtype=DTYPE)
+    x = random.normal(KEY, (2, 5, 4), dtype=DTYPE)
+
+    def loss(params, x):
+        outputs, routing = mixture(params, x, activation="swiglu", routing=True)
+        return outputs.sin().sum() + layers.balance_loss(routing) + layers.router_z_loss(routing)
+
+    step = grad_and_value(loss)
+    torch._dynamo.reset()
+    close(torch.compile(step, fullgraph=True, backend="aot_eager")(params, x), step(params, x))
+    tracked = tree.map(lambda leaf: leaf.clone().requires_grad_(), params)
+    torch.compile(loss, fullgraph=True, backend="aot_eager")(tracked, x).backward()
+    close(tree.map(lambda leaf: leaf.grad, tracked), grad(loss)(params, x))

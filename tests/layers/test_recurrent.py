@@ -432,3 +432,19 @@ def test_errors_of_cells(unchecked):
         layers.lstm_cell(params.update({"weight_hh": torch.zeros(8, 4)}), x)
     with pytest.raises(ValueError, match="rnn_cell: nonlinearity: expected tanh or relu"):
         layers.rnn_cell(layers.init_rnn_cell(KEY, 3, 4), x, nonlinearity="sine")
+
+
+@pytest.mark.dynamo
+@each_case
+def test_plain_torch_compile(case):
+    torch.compiler.reset()
+    params, x, state = case.draw(KEY)
+    compiled = torch.compile(case.apply, fullgraph=True, backend="aot_eager")
+    close(compiled(params, x, state), case.apply(params, x, state))
+    tracked = tree.map(lambda leaf: leaf.clone().requires_grad_(), params)
+    loss = sum(y.square().sum() for y in tree.leaves(compiled(tracked, x, state)))
+    loss.backward()
+    wanted = grad(lambda p: sum(y.square().sum() for y in tree.leaves(case.apply(p, x, state))))(
+        params
+    )
+    close(tree.map(lambda leaf: leaf.grad, tracked), wanted)
