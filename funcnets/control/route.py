@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Integer
 from torch import Tensor
 
 from funcnets import _torch, tree
@@ -18,7 +18,7 @@ from funcnets.control.outputs import check_agreement, check_tensors, describe
 
 
 def route(
-    index: Bool[Tensor, batch] | Int[Tensor, batch],
+    index: Bool[Tensor, " batch"] | Integer[Tensor, " batch"],
     branches: Sequence[Callable[..., Any]],
     params: Any,
     *inputs: Any,

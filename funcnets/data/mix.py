@@ -15,11 +15,11 @@ ATTEMPTS = 24  # of which each fails with a probability below 0.05
 
 def mixup(
     key: random.Key,
-    x: Float[Tensor, batch * features],
+    x: Float[Tensor, " batch *features"],
     targets: Shaped[Tensor, " batch *classes"],
     alpha: float | Float[Tensor, ""] = 1.0,
     classes: int | None = None,
-) -> tuple[Float[Tensor, batch * features], Float[Tensor, "batch ..."]]:
+) -> tuple[Float[Tensor, " batch *features"], Float[Tensor, "batch ..."]]:
     """Every sample mixed with another of the batch, and so their targets (Zhang et al. 2018).
 
     ``share * x + (1 - share) * x[other]`` with one share a batch, drawn from Beta(alpha, alpha),
