@@ -54,6 +54,13 @@ def first_order() -> bool:
     return kinds.Jvp not in found and found.count(kinds.Grad) <= 1
 
 
+def at_most_one_vmap() -> bool:
+    """Whether nothing else is under way: no derivative, no recording, no second vmap."""
+    if abstract() or torch.compiler.is_dynamo_compiling() or forward_ad._current_level >= 0:
+        return False
+    return _transforms() in ([], [_functorch.TransformType.Vmap])
+
+
 def _transforms() -> list[Any]:
     """The kinds of the torch.func transforms under way, the outermost first."""
     return [interpreter.key() for interpreter in _functorch.get_interpreter_stack() or []]
@@ -77,6 +84,17 @@ def inlining() -> bool:
         or _get_current_dispatch_mode() is not None
         or torch.compiler.is_dynamo_compiling()
     )
+
+
+def computed_once(scalar: Tensor) -> Tensor:
+    """The same number; in compiled code a buffer of its own.
+
+    Inductor would compute it anew for every few elements of all that it meets, powers and cosines
+    among it, for it keeps only what it takes for dear. What is reduced is kept, if it is not short.
+    """
+    if not (tracing() or torch.compiler.is_dynamo_compiling()):
+        return scalar
+    return scalar.expand(16).amax(0)
 
 
 def batched(tensor: Tensor) -> bool:
@@ -159,6 +177,21 @@ def holds_loop(recorded: Recorded) -> bool:
     """
     parts = [part for part in recorded.graph.modules() if isinstance(part, GraphModule)]
     return any(node.target is while_node for part in parts for node in part.graph.nodes)
+
+
+def convolution_weights(recorded: Recorded) -> set[torch.Size]:
+    """The shapes of the inputs that 2-d convolutions on a CPU have as weights."""
+    inputs = {node for node in recorded.graph.graph.nodes if node.op == "placeholder"}
+    shapes = set()
+    for node in recorded.graph.graph.nodes:
+        if node.target is torch.ops.aten.convolution.default:
+            weight = node.args[1]
+            if weight.target is torch.ops.aten._to_copy.default:  # by autocast
+                weight = weight.args[0]
+            value = weight.meta["val"]
+            if weight in inputs and value.ndim == 4 and value.device.type == "cpu":
+                shapes.add(value.shape)
+    return shapes
 
 
 def compile_graph(recorded: Recorded, backend: str | Callable[..., Any]) -> Callable[..., Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -41,7 +41,8 @@ def compile(
             that the function closes over are constants, too.
         donate: arguments (by name or position) whose memory the results may take over, as the
             parameters and the optimizer state of a training step. A donated tensor cannot be used
-            afterwards: any attempt is an error.
+            afterwards: any attempt is an error. On a CPU, what has the shape of a convolution's
+            weight comes back with channels last, as Inductor computes with it.
         static: arguments that are constants as a whole, such as a config; they must be hashable.
         backend: a backend of torch.compile; ``"aot_eager"`` runs the record one by one.
 
@@ -113,10 +114,10 @@ class Compiled:
         for entry in entries:
             if entry.signature == signature:
                 return entry.run(tensors)
-        entry = self._compile(leaves, structure, tensors, donated)
-        self._entries.setdefault(key, []).append(entry)
+        found = self._compile(leaves, structure, tensors, donated)
+        self._entries.setdefault(key, []).extend(found)
         self._warn_if_many(structure)
-        return entry.run(tensors)
+        return found[0].run(tensors)
 
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
         return self if instance is None else functools.partial(self, instance)
@@ -133,8 +134,19 @@ class Compiled:
 
     def _compile(
         self, leaves: list[Any], structure: Any, tensors: list[Tensor], donated: list[int]
-    ) -> _Entry:
+    ) -> list[_Entry]:
+        """The entries for these tensors: for them as they are, and as they come back."""
         recorded, outputs = _record(self._f, leaves, structure, tensors, donated)
+        # Inductor computes convolutions with channels last. What else of their weights' shapes is
+        # given away, moments and all, is better laid out so once than in each step.
+        shapes = _torch.convolution_weights(recorded) if self._backend == "inductor" else ()
+        moved = {place for place in donated if tensors[place].shape in shapes}
+        laid_out = _channels_last(tensors, moved)
+        if any(one is not other for one, other in zip(laid_out, tensors, strict=True)):
+            found = self._compile(leaves, structure, laid_out, donated)
+            matches, signature = _torch.guard(tensors), _signature(tensors)
+            first = found[0]._replace(matches=matches, signature=signature, moved=frozenset(moved))
+            return [first, *found]
         differentiated = any(tensor.requires_grad for tensor in tensors)
         try:
             if differentiated and _torch.holds_loop(recorded):
@@ -152,7 +164,7 @@ class Compiled:
                 "require grad ask; take the gradient inside it with torch.func.grad"
             ) from error
         matches, signature = _torch.guard(tensors), _signature(tensors)
-        return _Entry(matches, signature, compiled, outputs, donated, self._name)
+        return [_Entry(matches, signature, compiled, outputs, donated, self._name)]
 
     def _wrap_static(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
         return (
@@ -172,7 +184,12 @@ class Compiled:
         return TypeError(f"{self._name}: the structure of the arguments is not hashable")
 
     def _warn_if_many(self, structure: Any) -> None:
-        alike = sum(len(entries) for key, entries in self._entries.items() if key[0] == structure)
+        alike = sum(
+            not entry.moved
+            for key, entries in self._entries.items()
+            if key[0] == structure
+            for entry in entries
+        )
         if alike == _MANY:
             warnings.warn(
                 f"{self._name} was compiled {alike} times for one structure of its arguments: "
@@ -237,10 +254,12 @@ class _Entry(NamedTuple):
     outputs: _Outputs
     donated: list[int]
     name: str
+    moved: frozenset[int] = frozenset()  # the donated tensors to be laid out with channels last
 
-    def run(self, tensors: list[Tensor]) -> Any:
+    def run(self, given: list[Tensor]) -> Any:
         if self.donated:
-            self._check_aliases(tensors)
+            self._check_aliases(given)
+        tensors = _channels_last(given, self.moved) if self.moved else given
         structure, donors, constants, order = self.outputs
         leaves = list(self.compiled(*tensors))
         if donors or constants:  # else all come from the graph, in order
@@ -249,7 +268,7 @@ class _Entry(NamedTuple):
             leaves.extend(constants)
             leaves = list(map(leaves.__getitem__, order))
         for place in self.donated:
-            tensors[place].__class__ = Donated
+            given[place].__class__ = Donated
         return tree.unflatten(structure, leaves)
 
     def _check_aliases(self, tensors: list[Tensor]) -> None:
@@ -355,6 +374,14 @@ def _places(f: Callable[..., Any], names: str | int | Sequence[str | int]) -> fr
         position = parameters.index(name) if isinstance(name, str) else name
         found |= {position, *parameters[position : position + 1]}
     return frozenset(found)
+
+
+def _channels_last(tensors: list[Tensor], places: Collection[int]) -> list[Tensor]:
+    """The tensors, of which those at some places are laid out with channels last."""
+    return [
+        tensor.contiguous(memory_format=torch.channels_last) if place in places else tensor
+        for place, tensor in enumerate(tensors)
+    ]
 
 
 def _signature(tensors: list[Tensor]) -> list[Any]:

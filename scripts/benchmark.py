@@ -5,13 +5,13 @@
 Without the group, Equinox and Opacus are left out, and the table says so. Each workload is a file
 in scripts/benchmarks. Its contenders begin with the same parameters and data and make the same
 steps: two before anything is timed, after which whoever has other results than the first is
-reported instead of timed. Another step warms up; then each makes one step per round, in an order
-that changes from round to round, and the ratio of the best of ours to the best rival is taken
-within each round. The table gives medians over the rounds and quartiles, ratios first, and whether
-the target is reached; beside it the floor, which is what the arithmetic of a step would take at the
-rates this machine was measured to have. What happens once in a process, as importing and compiling,
-has processes of its own, and so has JAX. Where there is a GPU, all compute in bfloat16 and
-channels last. Compiling takes most of an hour on two cores; ``--quick`` takes a minute, has small
+reported instead of timed. Then each takes its turn once a round, in an order that changes from
+round to round: one step that is not counted and three of which the least counts. The ratio of the
+best of ours to the best rival is taken within each round; the table gives medians over the rounds
+and quartiles, ratios first, and whether the target is reached; beside it the floor, which is what
+the arithmetic of a step would take at the rates this machine was measured to have. What happens
+once in a process, as importing and compiling, has processes of its own, and so has JAX. Where
+there is a GPU, all compute in bfloat16 and channels last. Compiling takes most of an hour on two cores; ``--quick`` takes a minute, has small
 sizes and leaves out what is compiled, so that its ratios mean nothing.
 """
 

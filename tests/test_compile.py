@@ -8,9 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tensordict import TensorDict
-from torch.func import grad_and_value, vmap
+from torch.func import grad, grad_and_value, vmap
 
-from funcnets import _torch, random, tree
+from funcnets import _torch, optim, random, tree
 from funcnets.compile import compile
 from funcnets.control import cond, scan
 
@@ -386,3 +386,77 @@ def test_a_donated_tensor_that_vmap_has_expanded():
         count = compiled(count)
         assert count.tolist() == [turn + 1.0] * 3
     assert len(traced) == 1
+
+
+@given(
+    channels=st.sampled_from([(2, 4, 1), (4, 4, 4), (3, 2, 1)]),
+    kernel=st.sampled_from([(1, 1), (3, 3), (2, 3)]),
+    autocast=st.booleans(),
+)
+def test_donated_weights_of_convolutions_come_back_with_channels_last(channels, kernel, autocast):
+    inputs, outputs, groups = channels
+    compiled_graphs = []
+
+    def conv_step(params, mean, x):
+        def loss(params):
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                h = torch.conv2d(x, params["conv"], padding=1, groups=groups)
+            return h.float().square().mean() + params["table"].sin().sum()
+
+        gradients = grad(loss)(params)
+        mean = tree.map(lambda m, g: 0.5 * m + g, mean, gradients)
+        return tree.map(lambda p, m: p - 0.1 * m, params, mean), mean
+
+    def begin():
+        shape = outputs, inputs // groups, *kernel
+        table = random.normal(random.key(1), (2, 3, 2, 5))  # of no convolution
+        params = {"conv": random.normal(random.key(0), shape), "table": table}
+        return params, tree.map(torch.zeros_like, params)
+
+    def recorded_alone(recorded, backend):
+        compiled_graphs.append(recorded.graph)
+        return recorded.graph
+
+    x = random.normal(random.key(2), (2, inputs, 5, 4))
+    once = conv_step(*begin(), x)
+    twice = conv_step(*once, x)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(_torch, "compile_graph", recorded_alone)
+        compiled = compile(conv_step, donate=(0, 1))
+        for _ in range(2):  # the second time, all is compiled
+            held = begin()
+            found = compiled(*held, x)
+            with pytest.raises(RuntimeError, match="donated"):
+                held[0]["conv"].sum()
+            for part in found:
+                assert part["conv"].is_contiguous(memory_format=torch.channels_last)
+                assert part["table"].is_contiguous()
+            assert_trees_close(found, once)
+            assert_trees_close(compiled(*found, x), twice)
+        assert len(compiled_graphs) == 1
+        kept = begin()
+        assert_trees_close(compile(conv_step)(*kept, x), once)  # nothing given, nothing moved
+        assert kept[0]["conv"].is_contiguous()
+
+
+def test_what_schedules_say_is_computed_once_in_a_graph(monkeypatch):
+    """Inductor would compute it for every few elements of each leaf."""
+    graphs = []
+
+    def kept(recorded, backend):
+        graphs.append(recorded.graph.graph)
+        return recorded.graph
+
+    monkeypatch.setattr(_torch, "compile_graph", kept)
+    optimizer = optim.adamw(optim.schedules.cosine(1e-2, 10))
+    params = {"a": torch.ones(3), "b": torch.ones(2, 2)}
+    state = optimizer.init(params)
+    compile(optimizer.update)(params, state, params)
+    (graph,) = graphs
+    leaves = [node for node in graph.nodes if node.op == "placeholder"]
+    for node in graph.nodes:
+        used = [user for user in node.users if user.op == "call_function"]
+        wide = [user for user in used if user.meta["val"].ndim and user.meta["val"].numel() < 16]
+        if node.op == "call_function" and node.meta["val"].ndim == 0 and wide:
+            assert node.target is torch.ops.aten.amax.default, node
+    assert len(leaves) == 9

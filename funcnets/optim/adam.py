@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from funcnets.optim import fused
 from funcnets.optim.base import Optimizer
 from funcnets.optim.decay import decayed
 from funcnets.optim.leafwise import (
     Hyperparameter,
+    Leaves,
     Moment,
     Number,
     add_scaled,
@@ -19,6 +22,7 @@ from funcnets.optim.leafwise import (
     check_params,
     check_state,
     is_absent,
+    is_zero,
     leafwise,
     like,
     new_step,
@@ -119,8 +123,16 @@ def _adam(
         root = correction2.sqrt()
         scalars = (-rate * root / correction1, root * eps, 1.0 - beta1, 1.0 - beta2, decay)
         largest = state.largest if amsgrad else ()
+        plain = is_zero(decay) and not is_zero(eps)
+
+        def at_once(grads: Leaves, *moments: Any) -> tuple[Leaves, ...] | None:
+            moments = moments[: 3 if amsgrad else 2]
+            if not (plain and fused.serves(rate, (beta1, beta2), [*grads, *chain(*moments)])):
+                return None
+            return fused.adam(rate, (beta1, beta2), eps, state.step, grads, moments)
+
         updates, *moments = leafwise(
-            name, rule, scalars, grads, params, state.mean, state.square, largest
+            name, rule, scalars, grads, params, state.mean, state.square, largest, at_once=at_once
         )
         return updates, AdamState(state.step + 1, *moments)
 

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Size, Tensor
 
+from funcnets import _torch
 from funcnets.tree.flatten import (
     Structure,
     Tree,
@@ -34,6 +35,8 @@ Moment: TypeAlias = Tensor | None
 
 (An empty tuple has no leaves; None would be one to vmap.)
 """
+
+Leaves: TypeAlias = list[Tensor]
 
 Rule: TypeAlias = Callable[..., tuple[Moment, ...]]
 
@@ -63,7 +66,7 @@ def check_hyperparameter(
 def resolve(value: Hyperparameter, step: Int64[Tensor, ""]) -> Number:
     """The value after ``step`` updates: a float, or a float64 tensor of shape []."""
     if not isinstance(value, Tensor) and callable(value):
-        value = value(step)
+        value = _torch.computed_once(value(step))
     return value.to(torch.float64) if isinstance(value, Tensor) else float(value)
 
 
@@ -133,6 +136,7 @@ def leafwise(
     params: Tree,
     *moments: Tree,
     shapes: Callable[[Tensor], tuple[Size, ...]] | None = None,
+    at_once: Callable[..., tuple[Leaves, ...] | None] | None = None,
 ) -> tuple[Any, ...]:
     """Applies ``rule(scalars, grad, param, *moments) -> (update, *moments)`` to each leaf.
 
@@ -142,6 +146,8 @@ def leafwise(
             float64 learning rate leaves a float32 parameter of shape [] what it is.
         moments: state trees like ``params``, or ``()`` for one that the rule does without.
         shapes: those of the moments of a leaf, where they are not its own.
+        at_once: ``(grads, *moments)``, as lists of leaves, to the lists of results; or to None,
+            where it cannot do what the rule does.
 
     Returns:
         ``(updates, *moments)``, the trees of the results.
@@ -156,22 +162,34 @@ def leafwise(
         columns.append(aligned(f"{name}: state", moment, params, structure))
     _check_moments(name, columns[1:], leaves, params, shapes)
 
-    rows = []
-    last: Tensor | None = None
-    for leaf, grad, *rest in zip(leaves, *columns, strict=True):
-        if last is None or leaf.dtype is not last.dtype or leaf.device != last.device:
-            last, cast = leaf, [as_leaf(scalar, leaf) for scalar in scalars]
-        rows.append(rule(cast, grad, leaf, *rest))
-    updates, *results = [list(column) for column in zip(*rows, strict=True)] or columns
+    found = None if at_once is None else at_once(*columns)
+    updates, *results = found or _one_by_one(rule, scalars, leaves, columns)
     return unflatten(structure, updates), *(
         () if is_absent(moment) else unflatten(structure, result)
         for moment, result in zip(moments, results, strict=True)
     )
 
 
+def _one_by_one(
+    rule: Rule, scalars: Sequence[Number], leaves: Leaves, columns: list[Any]
+) -> Sequence[Any]:
+    rows = []
+    last: Tensor | None = None
+    for leaf, grad, *rest in zip(leaves, *columns, strict=True):
+        if last is None or leaf.dtype is not last.dtype or leaf.device != last.device:
+            last, cast = leaf, [_once_as_leaf(scalar, leaf) for scalar in scalars]
+        rows.append(rule(cast, grad, leaf, *rest))
+    return [list(column) for column in zip(*rows, strict=True)] or columns
+
+
 def as_leaf(scalar: Number, leaf: Tensor) -> Number:
     """A scalar in the dtype of a leaf, which it then does not promote, and on its device."""
     return scalar.to(leaf.device, leaf.dtype) if isinstance(scalar, Tensor) else scalar
+
+
+def _once_as_leaf(scalar: Number, leaf: Tensor) -> Number:
+    cast = as_leaf(scalar, leaf)
+    return _torch.computed_once(cast) if isinstance(cast, Tensor) else cast
 
 
 def scaled(factor: Number, x: Tensor) -> Tensor:
