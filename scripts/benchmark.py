@@ -11,8 +11,9 @@ best of ours to the best rival is taken within each round; the table gives media
 and quartiles, ratios first, and whether the target is reached; beside it the floor, which is what
 the arithmetic of a step would take at the rates this machine was measured to have. What happens
 once in a process, as importing and compiling, has processes of its own, and so has JAX. Where
-there is a GPU, all compute in bfloat16 and channels last. Compiling takes most of an hour on two cores; ``--quick`` takes a minute, has small
-sizes and leaves out what is compiled, so that its ratios mean nothing.
+there is a GPU, all compute in bfloat16 and channels last. Compiling
+takes most of an hour on two cores; ``--quick`` takes a minute, has small sizes and leaves out what
+is compiled, so that its ratios mean nothing.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ import matplotlib.pyplot as plt
 from benchmarks import (
     compile_time,
     conditional,
+    digits,
     ensembles,
     growth,
     imports,
@@ -48,6 +50,7 @@ from rich.table import Table
 PARTS = (
     steps,
     ensembles,
+    digits,
     per_sample,
     recurrent,
     conditional,
