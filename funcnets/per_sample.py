@@ -18,13 +18,13 @@ from torch import Tensor
 from torch.func import grad, vmap
 
 from funcnets import tree
-from funcnets.ensembles.chunks import Chunk, chunked
+from funcnets.ensembles.chunks import chunked
 from funcnets.tree.flatten import Tree
 
 Loss = Callable[[Any, Any], Tensor]
 
 
-def gradients(loss: Loss, params: Tree, batch: Tree, chunk: Chunk = None) -> Tree:
+def gradients(loss: Loss, params: Tree, batch: Tree, chunk: int | None = None) -> Tree:
     """The gradient of each sample's loss: a tree like ``params`` of [samples, ...].
 
     Raises:
@@ -35,10 +35,13 @@ def gradients(loss: Loss, params: Tree, batch: Tree, chunk: Chunk = None) -> Tre
     {'w': tensor([ 2.,  8., 18.])}
     """
     _count("gradients", batch)
+    _check_chunk(chunk)
     return _each(loss, params, chunk)(batch)
 
 
-def norms(loss: Loss, params: Tree, batch: Tree, chunk: Chunk = None) -> Float[Tensor, " samples"]:
+def norms(
+    loss: Loss, params: Tree, batch: Tree, chunk: int | None = None
+) -> Float[Tensor, " samples"]:
     """The Euclidean norm of each sample's gradient, all parameters taken as one vector.
 
     >>> loss = lambda params, x: (params["w"] * x).square().mean()
@@ -46,6 +49,7 @@ def norms(loss: Loss, params: Tree, batch: Tree, chunk: Chunk = None) -> Float[T
     tensor([ 2.,  8., 18.])
     """
     _count("norms", batch)
+    _check_chunk(chunk)
 
     def norm(sample: Any) -> Tensor:
         return tree.global_norm(_gradient(loss, params, sample))
@@ -150,7 +154,7 @@ def _gradient(loss: Loss, params: Tree, sample: Any) -> Tree:
     return grad(lambda params: loss(params, one))(params)
 
 
-def _each(loss: Loss, params: Tree, chunk: Chunk) -> Callable[[Any], Tree]:
+def _each(loss: Loss, params: Tree, chunk: int | None) -> Callable[[Any], Tree]:
     return chunked(lambda sample: _gradient(loss, params, sample), chunk)
 
 
@@ -170,9 +174,14 @@ def _count(name: str, batch: Tree) -> int:
     return sizes.pop()
 
 
+def _check_chunk(chunk: int | None) -> None:
+    if chunk is not None and (not isinstance(chunk, int) or chunk < 1):
+        # No "auto": what it has measured would be forgotten with the call.
+        raise ValueError(f"chunk: expected None or at least 1, got {chunk!r}")
+
+
 def _parts(batch: Tree, count: int, chunk: int | None) -> Iterator[Tree]:
+    _check_chunk(chunk)
     size = count if chunk is None else chunk
-    if size < 1:
-        raise ValueError(f"chunk: expected at least 1, got {chunk}")
     for start in range(0, count, size):
         yield tree.map(lambda leaf, start=start: leaf[start : start + size], batch)

@@ -116,10 +116,19 @@ def test_influence_is_what_a_step_does():
             lambda x: per_sample.influence(loss, [PARAMS], x, x, [0.1, 0.1]),
             "influence: rates: expected one for each of 1 checkpoints, got 2",
         ),
-        (lambda x: per_sample.noise_scale(loss, PARAMS, x, 0), "chunk: expected at least 1, got 0"),
-        (lambda x: per_sample.norms(loss, PARAMS, x, 0), "'auto' or at least 1, got 0"),
+        (lambda x: per_sample.noise_scale(loss, PARAMS, x, 0), "None or at least 1, got 0"),
+        (
+            lambda x: per_sample.norms(loss, PARAMS, x, 0),
+            "chunk: expected None or at least 1, got 0",
+        ),
     ],
 )
 def test_errors(call, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         call(batch(0, 3))
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_no_chunk_is_chosen_for_one_call():
+    with pytest.raises(ValueError, match="chunk: expected None or at least 1, got 'auto'"):
+        per_sample.gradients(loss, PARAMS, batch(0, 3), "auto")

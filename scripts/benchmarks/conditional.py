@@ -14,11 +14,11 @@ from funcnets import models, random
 
 
 def mlp(quick: bool) -> Case:
-    """Inference on 256 samples of which a fifth are hard, each going its own way.
+    """Inference on 1024 samples of which a fifth are hard, each going its own way.
 
     The ideal knows beforehand who is hard, and sends two ready batches down the two paths.
     """
-    batch, depth = (40, 4) if quick else (256, 16)
+    batch, depth = (40, 4) if quick else (1024, 16)
     base = models.mlp(784, 256, ())
     shallow, deep = models.mlp(256, 10, (256,)), models.residual_mlp(256, 10, depth=depth)
     model = models.gated(base, shallow, deep)

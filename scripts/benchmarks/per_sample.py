@@ -13,7 +13,7 @@ import funcnets
 from benchmarks import machine, networks
 from benchmarks.elsewhere import elsewhere, needs
 from benchmarks.race import Case, Contender, races
-from funcnets import models, per_sample, random, tree
+from funcnets import ensembles, models, per_sample, random, tree
 
 
 def conv_net(quick: bool) -> Case:
@@ -29,6 +29,12 @@ def conv_net(quick: bool) -> Case:
 
     def ours(params: Any, x: Tensor, y: Tensor) -> Any:
         return per_sample.gradients(loss, params, (x, y))
+
+    def chosen() -> Contender:
+        def one(params: Any, x: Tensor, y: Tensor) -> Any:
+            return torch.func.grad(loss)(params, (x[None], y[None]))
+
+        return holding(ensembles.chunked(one, "auto", (None, 0, 0)), params, x, y)
 
     def build() -> networks.Conv:
         network = networks.Conv(1, 32, 64).to(machine.DEVICE)
@@ -89,6 +95,7 @@ def conv_net(quick: bool) -> Case:
         {},
         {
             "funcnets, eager": lambda: holding(ours, params, x, y),
+            "funcnets, chunk chosen, eager": chosen,
             "funcnets, compiled": lambda: holding(funcnets.compile(ours), params, x, y),
             "torch.func, eager": lambda: torch_func(False),
             "torch.func, compiled": lambda: torch_func(True),
