@@ -56,7 +56,7 @@ def first_order() -> bool:
 
 def at_most_one_vmap() -> bool:
     """Whether nothing else is under way: no derivative, no recording, no second vmap."""
-    if abstract() or torch.compiler.is_dynamo_compiling() or forward_ad._current_level >= 0:
+    if torch.compiler.is_dynamo_compiling() or abstract() or forward_ad._current_level >= 0:
         return False
     return _transforms() in ([], [_functorch.TransformType.Vmap])
 
@@ -92,9 +92,9 @@ def computed_once(scalar: Tensor) -> Tensor:
     Inductor would compute it anew for every few elements of all that it meets, powers and cosines
     among it, for it keeps only what it takes for dear. What is reduced is kept, if it is not short.
     """
-    if not (tracing() or torch.compiler.is_dynamo_compiling()):
-        return scalar
-    return scalar.expand(16).amax(0)
+    if torch.compiler.is_dynamo_compiling() or tracing():
+        return scalar.expand(16).amax(0)
+    return scalar
 
 
 def batched(tensor: Tensor) -> bool:
