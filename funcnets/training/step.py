@@ -82,7 +82,12 @@ class Step:
         Args:
             batch: as the loss wants it; ``(inputs, targets)`` with a model.
             key: by default derived from ``state.key`` and ``state.step``.
+
+        Raises:
+            TypeError: the state is none of ``init``, but parameters, say.
         """
+        if not isinstance(state, State):
+            raise TypeError(f"state: expected that of step.init, got {tree.describe(state)}")
         if key is None:
             key = step_key(state.key, state.step)
         gradients, value, told, buffers = self._gradients(state, batch, key)

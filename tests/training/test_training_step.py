@@ -254,6 +254,14 @@ def test_errors():
         training.parameters(state, average=True)
 
 
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("wrap", [lambda step: step, funcnets.compile], ids=["plain", "compiled"])
+def test_parameters_are_no_state(wrap):
+    model = mlp()
+    with pytest.raises(TypeError, match=r"state: expected that of step\.init, got TensorDict"):
+        wrap(make(model))(model.init(KEYS[0]), data())
+
+
 def test_one_sample_and_batch_norm_is_a_clear_error():
     model = funcnets.models.mlp(FEATURES, CLASSES, (8,), norm="batch")
     step = make(model)
