@@ -198,9 +198,19 @@ def main() -> None:
         )
     console.print(table)
 
+    gates: dict[Any, Any] = {}
+    runs = {}  # exits and gates in turn, so that all meet the same machine
+    for kind, model in GATED.items():
+        for i, price in enumerate(flags.prices):
+            own = train_gate(
+                *(model, paths, price, train_x, train_y, flags.gate_epochs),
+                random.fold_in(random.key(flags.seed), i),
+            )
+            gates[kind, price] = model.apply(own, x)
+            runs[kind, price] = functools.partial(model.apply, own, x)
     thresholds = [0.0, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999, 1.0]
     found = {limit: EXITS.apply(params, x, limit) for limit in thresholds}
-    runs = {limit: functools.partial(EXITS.apply, params, x, limit) for limit in thresholds}
+    runs |= {limit: functools.partial(EXITS.apply, params, x, limit) for limit in thresholds}
     spent = seconds(runs, flags.rounds)
     table = Table(title="early exits: accuracy by what is spent")
     for column in ("threshold", "deep %", "of the hard %", "accuracy %", "us a sample"):
@@ -215,16 +225,6 @@ def main() -> None:
         )
     console.print(table)
 
-    gates, runs = {}, {}
-    for kind, model in GATED.items():
-        for i, price in enumerate(flags.prices):
-            own = train_gate(
-                *(model, paths, price, train_x, train_y, flags.gate_epochs),
-                random.fold_in(random.key(flags.seed), i),
-            )
-            gates[kind, price] = model.apply(own, x)
-            runs[kind, price] = functools.partial(model.apply, own, x)
-    gate_spent = seconds(runs, flags.rounds)
     table = Table(title="learned gates: accuracy by what is spent")
     for column in ("gate", "price", "deep %", "of the hard %", "accuracy %", "us a sample"):
         table.add_column(column, justify="left" if column == "gate" else "right")
@@ -233,7 +233,7 @@ def main() -> None:
         deep = (outputs["gate"] > 0.5).float()
         learned[kind, price] = 100 * (outputs["outputs"].argmax(1) == y).float().mean().item()
         cells = 100 * deep.mean(), 100 * deep[hard].mean(), learned[kind, price]
-        each = f"{1e6 * gate_spent[kind, price] / len(x):.0f}"
+        each = f"{1e6 * spent[kind, price] / len(x):.0f}"
         table.add_row(kind, f"{price:g}", *(f"{cell:.1f}" for cell in cells), each)
     console.print(table)
 
@@ -247,7 +247,7 @@ def main() -> None:
     times = [1e6 * s / len(x) for s in spent.values()]
     right.plot(times, list(accuracy.values()), "o-", label="early exit, by threshold")
     for kind, marker in zip(GATED, ("s", "^"), strict=True):
-        times = [1e6 * gate_spent[kind, price] / len(x) for price in flags.prices]
+        times = [1e6 * spent[kind, price] / len(x) for price in flags.prices]
         values = [learned[kind, price] for price in flags.prices]
         right.plot(times, values, marker, label=f"learned gate ({kind.replace('_', '-')})")
     for limit in thresholds[::2]:
