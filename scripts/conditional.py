@@ -244,8 +244,8 @@ def main() -> None:
     left.axhline(1e3 * taken[0.0], color="tab:green", lw=1, label="shallow for all")
     left.set(xlabel="share of hard samples", ylabel="time of a batch / ms", ylim=(0, None))
     left.legend()
-    times = [1e6 * s / len(x) for s in spent.values()]
-    right.plot(times, list(accuracy.values()), "o-", label="early exit, by threshold")
+    times = [1e6 * spent[limit] / len(x) for limit in thresholds]
+    right.plot(times, [accuracy[limit] for limit in thresholds], "o-", label="early exit")
     for kind, marker in zip(GATED, ("s", "^"), strict=True):
         times = [1e6 * spent[kind, price] / len(x) for price in flags.prices]
         values = [learned[kind, price] for price in flags.prices]
