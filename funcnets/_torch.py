@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch._C import _functorch
 from torch._C._dynamo.guards import TensorGuards
+from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.backends.registry import lookup_backend
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
@@ -145,12 +146,48 @@ class Recorded(NamedTuple):
     graph: GraphModule
     inputs: list[Tensor]
     mode: FakeTensorMode
+    ragged: bool  # whether it may hold sizes that are known when it runs and not before
 
 
-def trace(f: Callable[..., Any], tensors: list[Tensor]) -> Recorded:
-    """The operations that ``f(*tensors)`` carries out, transforms resolved."""
+class _Shapes(ShapeEnv):
+    """The sizes of a record, and whether some may be known when it runs alone."""
+
+    ragged: bool | None = None  # nobody has asked
+
+
+class _Asked(Exception):  # noqa: N818
+    """Somebody has asked whether sizes may be ragged."""
+
+
+def ragged(tensor: Tensor) -> bool:
+    """Whether the record under way may hold sizes that are known when it runs and not before."""
+    if torch.compiler.is_dynamo_compiling():
+        return False
+    tensor = physical(tensor)
+    shapes = tensor.fake_mode.shape_env if isinstance(tensor, FakeTensor) else None
+    if not isinstance(shapes, _Shapes):
+        return False
+    if shapes.ragged is None:
+        raise _Asked
+    return shapes.ragged
+
+
+def positive(size: int | torch.SymInt) -> None:
+    """Says of a ragged size that it is never 0, to the record under way and to its compiler."""
+    torch._check(size >= 1)
+    torch.ops.aten.sym_constrain_range_for_size.default(size, min=1)
+
+
+def trace(f: Callable[..., Any], tensors: list[Tensor], ragged: bool | None = None) -> Recorded:
+    """The operations that ``f(*tensors)`` carries out, transforms resolved.
+
+    Whether sizes may be ragged is found out where it is not said: they may where f asks for them
+    and all that it does can be recorded so.
+    """
+    shapes = _Shapes()
+    shapes.ragged = ragged
     # A mode of our own, for make_fx's has no ShapeEnv, and a recorded while loop wants one.
-    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True)
+    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=shapes, static_shapes=True)
     with mode:
         # Made anew, not by mode.from_tensor: that would give an argument and the same tensor closed
         # over one stand-in, and with it one memory.
@@ -164,10 +201,19 @@ def trace(f: Callable[..., Any], tensors: list[Tensor]) -> Recorded:
             )
             for tensor in tensors
         ]
-        graph = make_fx(f)(*inputs)
+    try:
+        # Some operations know how to do with such sizes in Python alone.
+        with mode, enable_python_dispatcher() if ragged else contextlib.nullcontext():
+            graph = make_fx(f)(*inputs)
+    except _Asked:
+        return trace(f, tensors, ragged=True)
+    except Exception:
+        if not ragged:
+            raise
+        return trace(f, tensors, ragged=False)
     graph.graph.eliminate_dead_code()
     graph.recompile()
-    return Recorded(graph, inputs, mode)
+    return Recorded(graph, inputs, mode, bool(ragged))
 
 
 def holds_loop(recorded: Recorded) -> bool:
@@ -196,8 +242,12 @@ def convolution_weights(recorded: Recorded) -> set[torch.Size]:
 
 def compile_graph(recorded: Recorded, backend: str | Callable[..., Any]) -> Callable[..., Any]:
     """Hands a graph to a backend of torch.compile (a name or a function) as Dynamo would."""
+    options: dict[str, Any] = {}
+    if recorded.ragged and backend == "inductor":
+        # Of a batch of unknown size torch (2.15) takes a convolution's result to be contiguous.
+        options["config_patches"] = {"layout_optimization": False}
     with torch._guards.tracing(torch._guards.TracingContext(recorded.mode)):
-        return lookup_backend(backend)(recorded.graph, recorded.inputs)
+        return lookup_backend(backend)(recorded.graph, recorded.inputs, **options)
 
 
 def guard(tensors: list[Tensor]) -> Callable[..., bool]:

@@ -133,17 +133,22 @@ class Compiled:
         return [place for place, tensor in enumerate(tensors) if id(tensor) in given]
 
     def _compile(
-        self, leaves: list[Any], structure: Any, tensors: list[Tensor], donated: list[int]
+        self,
+        leaves: list[Any],
+        structure: Any,
+        tensors: list[Tensor],
+        donated: list[int],
+        ragged: bool | None = None,
     ) -> list[_Entry]:
         """The entries for these tensors: for them as they are, and as they come back."""
-        recorded, outputs = _record(self._f, leaves, structure, tensors, donated)
+        recorded, outputs = _record(self._f, leaves, structure, tensors, donated, ragged)
         # Inductor computes convolutions with channels last. What else of their weights' shapes is
         # given away, moments and all, is better laid out so once than in each step.
         shapes = _torch.convolution_weights(recorded) if self._backend == "inductor" else ()
         moved = {place for place in donated if tensors[place].shape in shapes}
         laid_out = _channels_last(tensors, moved)
         if any(one is not other for one, other in zip(laid_out, tensors, strict=True)):
-            found = self._compile(leaves, structure, laid_out, donated)
+            found = self._compile(leaves, structure, laid_out, donated, ragged)
             matches, signature = _torch.guard(tensors), _signature(tensors)
             first = found[0]._replace(matches=matches, signature=signature, moved=frozenset(moved))
             return [first, *found]
@@ -157,6 +162,8 @@ class Compiled:
             with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
                 compiled = _torch.compile_graph(recorded, self._backend)
         except Exception as error:
+            if recorded.ragged:  # not every operation compiles so
+                return self._compile(leaves, structure, tensors, donated, ragged=False)
             if not differentiated:
                 raise
             raise RuntimeError(
@@ -288,6 +295,7 @@ def _record(
     structure: Any,
     tensors: list[Tensor],
     donated: list[int],
+    ragged: bool | None,
 ) -> tuple[_torch.Recorded, _Outputs]:
     """Records f for these arguments, with the results written over the donated tensors."""
     outputs = _Outputs(None, [], [], [])
@@ -328,7 +336,7 @@ def _record(
         outputs = _Outputs(result_structure, list(donors.values()), list(constants.values()), order)
         return list(returned.values())
 
-    return _torch.trace(flat, tensors), outputs
+    return _torch.trace(flat, tensors, ragged), outputs
 
 
 def _donors(results: list[Any], traced: tuple[Tensor, ...], donated: list[int]) -> dict[int, int]:

@@ -235,7 +235,7 @@ def main() -> None:
     for name, weighting in WEIGHTINGS.items():
         runs[name] = models.multimodal(image, heads), weighting
     for fusion in FUSIONS:
-        model = models.multimodal(both, {"character": characters}, fusion=fusion)
+        model = models.multimodal(both, {"character": characters}, fusion=fusion, attention_heads=4)
         runs[f"fusion by {fusion}"] = model, add
 
     found: dict[str, Losses] = {}

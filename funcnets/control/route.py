@@ -25,16 +25,17 @@ def route(
 ) -> Any:
     """Sends each sample of a batch through one of several branches.
 
-    Sample i of the result is sample i of ``branches[index[i]](params, *inputs)``, and in eager each
-    branch is run once, on its own samples alone: what a branch costs is paid for the samples that
-    take it. Order is kept, a branch that no sample takes does not run, and gradients flow to the
+    Sample i of the result is sample i of ``branches[index[i]](params, *inputs)``, and each branch
+    is run once, on its own samples alone: what a branch costs is paid for the samples that take
+    it. Order is kept, a branch that no sample takes does not run, and gradients flow to the
     parameters and inputs through the branches taken.
 
-    Compiled, and where the index differs between the members of a vmap, shapes cannot depend on
-    the numbers: a branch that some sample takes then runs on the whole batch and its results are
-    selected (compiled, a branch that none takes is still skipped). A sample's result must
-    therefore not depend on the other samples of the batch. Plain torch.compile runs it within the
-    limits of `cond`.
+    In `funcnets.compile`, too, how many samples a branch has is counted when it runs (a route
+    inside a branch may then run branches of its own on no samples). What cannot be compiled for a
+    batch of any size, as a branch that makes a Python number of it, gets the whole batch if some
+    sample takes it, and its results are selected. So does every branch where the index differs
+    between the members of a vmap, and under plain torch.compile (within the limits of `cond`). A
+    sample's result must therefore not depend on the other samples of the batch.
 
     Args:
         index: integers from 0 to ``len(branches) - 1``, or booleans (False takes branch 0).
@@ -70,7 +71,7 @@ def _gather(index: Tensor, branches: list[Any], params: Any, inputs: tuple[Any, 
     taken = list(sizes)
     if len(taken) == 1:
         output = branches[taken[0]](params, *inputs)
-        _check_output(taken[0], output, len(index))
+        _check_output(taken[0], output, index.shape[0])
         return output
     order = index.argsort(stable=True)
     outputs = []
@@ -108,7 +109,7 @@ def _select(index: Tensor, branches: list[Any], params: Any, inputs: tuple[Any, 
         own = tree.map(lambda x, mine=mine: _own(mine, x), inputs)
         # A member none of whose samples comes here has nothing to run the branch on.
         outputs.append(borrow(mine.any(), branches[place], (params, *own)))
-        _check_output(place, outputs[-1], len(index))
+        _check_output(place, outputs[-1], index.shape[0])
     _check_agreement(taken, outputs)
     output = outputs[0]
     for place, other in zip(taken[1:], outputs[1:], strict=True):
@@ -121,28 +122,46 @@ def _record(index: Tensor, branches: list[Any], params: Any, inputs: tuple[Any, 
     index = index.clamp(0, len(branches) - 1)
     # For its shapes only; nothing of it is used, so it is dropped from the record.
     output = branches[0](params, *inputs)
-    _check_output(0, output, len(index))
+    _check_output(0, output, index.shape[0])
     output = tree.map(lambda x: torch.zeros(x.shape, dtype=x.dtype, device=x.device), output)
 
     for place, branch in enumerate(branches):
-
-        def run(
-            before: Any,
-            mine: Tensor,
-            params: Any,
-            *inputs: Any,
-            place: int = place,
-            branch: Any = branch,
-        ) -> Any:
-            after = branch(params, *tree.map(lambda x: _own(mine, x), inputs))
-            _check_output(place, after, len(mine))
-            _check_agreement([0, place], [before, after])
-            return tree.map(functools.partial(choose, mine), after, before)
-
         mine = index == place
+        run = functools.partial(_put, place, branch)
         operands = (output, mine, params, *inputs)
-        output = cond(mine.any(), run, lambda before, *_: tree.map(torch.clone, before), operands)
+        if isinstance(index.shape[0], int):
+            output = cond(
+                mine.any(), run, lambda before, *_: tree.map(torch.clone, before), operands
+            )
+        else:  # inside another route; torch's conditional would forget how large the batch is
+            output = run(*operands)
     return output
+
+
+def _put(
+    place: int, branch: Callable[..., Any], before: Any, mine: Tensor, params: Any, *inputs: Any
+) -> Any:
+    """The results before, and for the samples that are mine those of the branch."""
+    size, take, give = _rows(mine) if _torch.ragged(mine) else _lent(mine)
+    own = tree.map(take, inputs)
+    after = branch(params, *own)
+    _check_output(place, after, size)
+    _check_agreement([0, place], [before, after])
+    return tree.map(give, after, before)
+
+
+def _rows(mine: Tensor) -> tuple[Any, Callable[..., Tensor], Callable[..., Tensor]]:
+    """How many samples are mine, how to take them out of a batch, and to put them back into one."""
+    rows = mine.nonzero().squeeze(1)
+    size = rows.shape[0]
+    if isinstance(mine.shape[0], int):  # else there may be none
+        _torch.positive(size)
+    return size, lambda x: x.index_select(0, rows), lambda own, x: x.index_put((rows,), own)
+
+
+def _lent(mine: Tensor) -> tuple[Any, Callable[..., Tensor], Callable[..., Tensor]]:
+    """The same where a batch must remain whole."""
+    return mine.shape[0], functools.partial(_own, mine), functools.partial(choose, mine)
 
 
 @signed
@@ -165,17 +184,17 @@ def _check(index: Any, branches: list[Any], inputs: tuple[Any, ...]) -> None:
     if index.dtype == torch.bool and len(branches) > 2:
         raise ValueError(f"route: expected 2 branches for a boolean index, got {len(branches)}")
     for path, leaf in tree.leaves_with_path(inputs):
-        if not isinstance(leaf, Tensor) or not leaf.ndim or len(leaf) != len(index):
+        if not isinstance(leaf, Tensor) or not leaf.ndim or leaf.shape[0] != index.shape[0]:
             raise ValueError(
-                f"route: inputs: {tree.join(path)}: expected a batch of {len(index)} "
+                f"route: inputs: {tree.join(path)}: expected a batch of {index.shape[0]} "
                 f"(the length of the index), got {tree.describe(leaf)}"
             )
 
 
-def _check_output(place: int, output: Any, batch: int) -> None:
+def _check_output(place: int, output: Any, batch: int | torch.SymInt) -> None:
     check_tensors("route", f"branch {place}", output)
     for path, leaf in tree.leaves_with_path(output):
-        if not leaf.ndim or len(leaf) != batch:
+        if not leaf.ndim or leaf.shape[0] != batch:
             raise ValueError(
                 f"route: branch {place}: {tree.join(path)}: expected a batch of {batch}, "
                 f"got {tree.describe(leaf)}"

@@ -103,8 +103,8 @@ def mixture(  # type: ignore[misc]
     """The sum of what the ``top_k`` likeliest experts of each token make of it, weighted.
 
     The weights are the router's softmax probabilities (Shazeer et al. 2017). Eager, `route` gives
-    each expert the tokens that picked it, and no others. Under vmap and compiled, where shapes
-    cannot depend on the numbers, every expert computes every token, and the same sum is taken.
+    each expert the tokens that picked it, and no others. Under vmap and compiled, every expert
+    computes every token, all in one batched product, and the same sum is taken.
 
     Args:
         top_k: how many experts a token is sent to.

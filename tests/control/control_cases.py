@@ -9,12 +9,14 @@ from funcnets import random, tree
 from funcnets.compile import compile
 
 ticks: list[str] = []
+ticked: list[tuple[str, int]] = []  # the same, with the batch of what was given
 torch.library.define("funcnets_control_test::tick", "(Tensor x, str name) -> Tensor")
 
 
 @torch.library.impl("funcnets_control_test::tick", "CompositeExplicitAutograd")
 def _tick(x, name):
     ticks.append(name)
+    ticked.append((name, x.shape[0] if x.ndim else 1))
     return x.clone()
 
 

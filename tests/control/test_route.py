@@ -4,12 +4,24 @@ import functools
 
 import pytest
 import torch
-from control_cases import assert_same, compiled, normal, per_member, pushed, tick, ticks, unchecked
+import torch.nn.functional as F
+from control_cases import (
+    assert_same,
+    compiled,
+    normal,
+    per_member,
+    pushed,
+    tick,
+    ticked,
+    ticks,
+    unchecked,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensordict import TensorDict
 from torch.func import grad, vmap
 
+import funcnets
 from funcnets import random, tree
 from funcnets.control import cond, route
 
@@ -191,6 +203,92 @@ def test_compiled_a_branch_that_no_sample_takes_does_not_run(transform):
         ticks.clear()
         f(torch.tensor(index), x)
         assert set(ticks) == set(map(str, index))
+
+
+def scaled(name):
+    return lambda scale, x: (x * scale).sin() * (1 + 0 * tick(x, name))
+
+
+@pytest.mark.parametrize("transform", [lambda f: f, lambda f: grad(lambda *a: f(*a).sum(), 1)])
+def test_compiled_a_branch_is_given_its_own_samples_alone(transform):
+    """In a branch within a branch, too, where there may be none."""
+
+    def inner(scale, ways, x):
+        return route(
+            ways, [lambda p, x, i=i: scaled(f"1{i}")(p, x) + i for i in range(2)], scale, x
+        )
+
+    def outer(index, scale, ways, x):
+        return route(index, [lambda p, _, x: scaled("0")(p, x), inner], scale, ways, x)
+
+    f, plain = compiled(transform(outer)), transform(outer)
+    scale, x = normal(0, 2), normal(1, 5, 2)
+
+    @given(st.lists(st.sampled_from(["0", "10", "11"]), min_size=5, max_size=5))
+    def check(names):
+        index = torch.tensor([int(name[0]) for name in names])
+        ways = torch.tensor([int(name[-1]) for name in names])
+        expected = plain(index, scale, ways, x)
+        ticked.clear()
+        assert_same(f(index, scale, ways, x), expected)
+        counts = {name: names.count(name) for name in ("0", "10", "11")}
+        assert {entry for entry in ticked if entry[1]} == {c for c in counts.items() if c[1]}
+
+    check()
+
+
+def test_compiled_a_branch_may_ask_how_many_samples_it_has():
+    """Which nobody knows beforehand: it gets the whole batch."""
+
+    def sized(scale, x):
+        return scaled("sized")(scale, x).reshape(len(x), 2)
+
+    f = compiled(lambda index, scale, x: route(index, [sized, scaled("other")], scale, x))
+    scale, x = normal(0, 2), normal(1, 4, 2)
+    for index in ([0, 1, 1, 0], [1, 1, 1, 1], [0, 0, 0, 0]):
+        ticked.clear()
+        got = f(torch.tensor(index), scale, x)
+        assert set(ticked) == {(("sized", "other")[i], 4) for i in index}
+        assert_same(got, (x * scale).sin())
+
+
+def test_what_a_backend_cannot_compile_is_given_whole_batches():
+    seen = []
+
+    def backend(graph, inputs):
+        seen.append(any("nonzero" in part.code for part in graph.modules() if part is not graph))
+        if seen[-1]:
+            raise NotImplementedError
+        return graph
+
+    @funcnets.compile(backend=backend)
+    def f(index, scale, x):
+        return route(index, [scaled("one"), scaled("other")], scale, x)
+
+    scale, x = normal(0, 2), normal(1, 4, 2)
+    assert_same(f(torch.tensor([0, 1, 1, 0]), scale, x), (x * scale).sin())
+    assert seen == [True, False]
+
+
+def test_inductor_lays_out_convolutions_as_it_says():
+    """It did not where the size of the batch is unknown: the strides were others at run time."""
+
+    def convolved(factor):
+        def branch(w, x):
+            return factor * F.conv2d(F.conv2d(x, w, padding=1).relu(), w, padding=1).sum((2, 3))
+
+        return branch
+
+    @grad
+    def gradient(w, index, x):
+        return route(index, [convolved(1), convolved(2)], w, x).square().sum()
+
+    f = funcnets.compile(gradient)
+    w, x = normal(0, 3, 3, 3, 3), normal(1, 5, 3, 4, 4)
+    for given_x in (x, x.contiguous(memory_format=torch.channels_last)):
+        for index in ([0, 1, 1, 0, 1], [1, 1, 1, 1, 1]):
+            index = torch.tensor(index)
+            assert_same(f(w, index, given_x), gradient(w, index, given_x))
 
 
 @pytest.mark.parametrize("run", RUN)
