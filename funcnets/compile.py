@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import operator
 import warnings
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from funcnets import _torch, tree
 
+_new = operator.attrgetter("data")  # the same memory in a new tensor, sooner than by detach()
 # How many graphs of one function may differ in nothing but a Python number before it is said aloud.
 _MANY = 8
 
@@ -79,6 +81,8 @@ class Compiled:
         self._donate = _places(f, donate)
         self._static = _places(f, static)
         self._entries: dict[Any, list[_Entry]] = {}
+        self._structures: dict[Any, int] = {}  # of all calls, numbered
+        self._last: tuple[Any, int] = (None, -1)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The result of the compiled function; it is compiled first where this call is new."""
@@ -86,14 +90,22 @@ class Compiled:
             return self._f(*args, **kwargs)
         if self._static:
             args, kwargs = self._wrap_static(args, kwargs)
-        leaves, structure = tree.flatten((args, kwargs))
+        # Mostly a call is like the one before.
+        structure, number = self._last
+        leaves = tree.flatten_as(structure, (args, kwargs))
+        if leaves is None:
+            leaves, structure = tree.flatten((args, kwargs))
+            number = -1
         tensors: list[Tensor] = leaves
         constants: tuple[Any, ...] = ()
         if set(map(type, leaves)) != {Tensor}:
             tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
             constants = tuple((type(leaf), leaf) for leaf in leaves if not isinstance(leaf, Tensor))
-        key = (structure, constants, _ambient())
         try:
+            if number < 0:
+                number = self._structures.setdefault(structure, len(self._structures))
+                self._last = structure, number
+            key = (number, constants, _ambient())
             entries = self._entries.get(key, ())
         except TypeError:
             raise self._unhashable(args, kwargs) from None
@@ -116,7 +128,7 @@ class Compiled:
                 return entry.run(tensors)
         found = self._compile(leaves, structure, tensors, donated)
         self._entries.setdefault(key, []).extend(found)
-        self._warn_if_many(structure)
+        self._warn_if_many(number)
         return found[0].run(tensors)
 
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
@@ -190,11 +202,11 @@ class Compiled:
                 )
         return TypeError(f"{self._name}: the structure of the arguments is not hashable")
 
-    def _warn_if_many(self, structure: Any) -> None:
+    def _warn_if_many(self, number: int) -> None:
         alike = sum(
             not entry.moved
             for key, entries in self._entries.items()
-            if key[0] == structure
+            if key[0] == number
             for entry in entries
         )
         if alike == _MANY:
@@ -271,7 +283,7 @@ class _Entry(NamedTuple):
         leaves = list(self.compiled(*tensors))
         if donors or constants:  # else all come from the graph, in order
             # A result over donated memory is a new tensor; the old one becomes unusable.
-            leaves.extend(map(Tensor.detach, map(tensors.__getitem__, donors)))
+            leaves.extend(map(_new, map(tensors.__getitem__, donors)))
             leaves.extend(constants)
             leaves = list(map(leaves.__getitem__, order))
         for place in self.donated:

@@ -54,6 +54,20 @@ def unchanged(params: TensorDict, h: Tensor, *, train: bool = False, key: Any = 
     return layers.finish(h, {}, train)
 
 
+def log_probabilities(model: Model) -> Model:
+    """The same network, whose outputs are the logarithms of probabilities.
+
+    A negative log-likelihood is linear in them, and so the gradient that a gate gets for the path
+    not taken (the straight-through one) is the difference that the path would have made.
+    """
+
+    def apply(params: TensorDict, h: Tensor, *, train: bool = False, key: Any = None) -> Any:
+        found = model.apply(params, h, train=train, key=key)
+        return (found[0].log_softmax(-1), found[1]) if train else found.log_softmax(-1)
+
+    return Model(init=model.init, apply=apply)
+
+
 BASE = Model(lambda key: layers.init_conv_norm(key, 1, 16), trunk, config=Width(16))
 SHALLOW = models.cnn(in_channels=16, num_classes=10, widths=(24, 48))
 DEEP = models.resnet("basic", (2, 2), 10, in_channels=16, width=32, stem="small")
@@ -61,7 +75,10 @@ EXITS = models.early_exit(
     [BASE, Model(init=lambda key: TensorDict({}), apply=unchanged)], [SHALLOW, DEEP]
 )
 FLAGGED = models.gated(BASE, SHALLOW, DEEP)
-GATED = {kind: models.gated(BASE, SHALLOW, DEEP, gate=kind) for kind in GATES}
+GATED = {
+    kind: models.gated(BASE, log_probabilities(SHALLOW), log_probabilities(DEEP), gate=kind)
+    for kind in GATES
+}
 
 
 def make_images(key: random.Key, digits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -105,6 +122,11 @@ def train(digits: Tensor, labels: Tensor, epochs: int, seed: int) -> TensorDict:
     return training.parameters(state)
 
 
+def entropy(chance: Tensor) -> Tensor:
+    """The mean entropy of two choices, in nats; chances [batch]."""
+    return (torch.special.entr(chance) + torch.special.entr(1 - chance)).mean()
+
+
 def train_gate(
     model: Model,
     params: TensorDict,
@@ -116,7 +138,8 @@ def train_gate(
 ) -> TensorDict:
     """Parameters whose gate has learned, between paths that stay as they are.
 
-    The deep path costs as much as ``price`` in the cross-entropy.
+    The deep path costs as much as ``price`` in the cross-entropy. A gate that is sure of itself
+    learns no more; some reward for entropy keeps it from that until it can tell samples apart.
     """
 
     def loss(
@@ -125,7 +148,7 @@ def train_gate(
         x, y = batch
         found, _ = model.apply(params, x, train=True, key=key)
         share = found["gate"].mean()
-        value = F.cross_entropy(found["outputs"], y) + price * share
+        value = F.nll_loss(found["outputs"], y) + price * share - 0.1 * entropy(found["gate"])
         return value, {"deep": share}, TensorDict({})  # the statistics stay as they are, too
 
     adam = optim.adamw(optim.schedules.one_cycle(0.1, steps=epochs * (len(digits) // 64)))
@@ -158,10 +181,8 @@ def main() -> None:
     """Trains, measures and draws."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--gate-epochs", type=int, default=5, help="of each learned gate")
-    parser.add_argument(
-        "--prices", type=float, nargs="+", default=[0.02, 0.1, 0.3], help="of depth"
-    )
+    parser.add_argument("--gate-epochs", type=int, default=10, help="of each learned gate")
+    parser.add_argument("--prices", type=float, nargs="+", default=[0.1, 0.3, 0.5], help="of depth")
     parser.add_argument("--batch", type=int, default=256, help="of the measured times")
     parser.add_argument("--rounds", type=int, default=9, help="of each measurement")
     parser.add_argument("--seed", type=int, default=0)

@@ -113,6 +113,7 @@ def compile_times(depths: list[int], backend: str) -> dict[str, list[tuple[float
     """Seconds to the first gradient and to a later one, at each depth, by the way of the blocks."""
     x, y = torch.ones(32, 16), torch.zeros(32, dtype=torch.int64)
     found: dict[str, list[tuple[float, float]]] = {"laid out": [], "stacked and scanned": []}
+    first_and_later("none", 1, x, y, backend)  # what happens once in a process
     with Progress() as progress:
         bar = progress.add_task("compiling", total=2 * len(depths))
         for share, times in zip(("none", "stacked"), found.values(), strict=True):

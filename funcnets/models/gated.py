@@ -63,7 +63,8 @@ def gated(
     a sample takes the deep path alone if that is the likelier. In training both paths run, and the
     one taken is returned with the gradient of the soft choice (straight-through, Bengio et al.
     2013); "gumbel" draws the choice, from noise of the ``temperature`` (Jang et al. 2017), which
-    takes a key.
+    takes a key. That gradient takes the loss to be linear in the outputs between the two paths: it
+    is of the right size where both return log-probabilities and the loss is their ``nll_loss``.
 
     Parameters and taps are named ``base``, ``shallow``, ``deep`` and ``gate``; at inference the two
     paths cannot be tapped. In training each path that runs updates its batch norms by the whole

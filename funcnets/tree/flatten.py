@@ -49,6 +49,17 @@ def flatten(tree: Any) -> tuple[list[Any], Structure | None]:
     return leaves, _flatten(tree, leaves)
 
 
+def flatten_as(structure: Structure | None, tree: Any) -> list[Any] | None:
+    """The leaves of a tree of this structure, None for any other; sooner than by `flatten`.
+
+    >>> structure = flatten({"a": 1, "b": (2, None)})[1]
+    >>> flatten_as(structure, {"a": 3, "b": (4, None)})
+    [3, 4]
+    """
+    leaves: list[Any] = []
+    return leaves if _flatten_as(structure, tree, leaves) else None
+
+
 def unflatten(structure: Structure | None, leaves: list[Any]) -> Any:
     """The tree of this structure that holds these leaves; the inverse of `flatten`.
 
@@ -57,7 +68,9 @@ def unflatten(structure: Structure | None, leaves: list[Any]) -> Any:
     """
     rest = iter(leaves)
     # Where all leaves are tensors, no TensorDict has to become a dict.
-    build = tensordict if _TENSOR.issuperset(builtins.map(type, leaves)) else _tensordict
+    build: Callable[[dict[str, Any], torch.Size], Any] = _tensordict
+    if _TENSOR.issuperset(builtins.map(type, leaves)):
+        build = tensordict if torch.compiler.is_compiling() else _made
     try:
         tree = next(rest) if structure is None else _unflatten(structure, rest, build)
     except StopIteration:
@@ -164,6 +177,31 @@ def _flatten(tree: Any, leaves: list[Any]) -> Structure | None:
     return Structure(kind, meta, keys, tuple([_flatten(child, leaves) for child in children]))
 
 
+def _flatten_as(structure: Structure | None, tree: Any, leaves: list[Any]) -> bool:
+    if structure is None:
+        leaves.append(tree)
+        return type(tree) is torch.Tensor or _children(tree) is None
+    kind, meta, keys, places = structure
+    if type(tree) is not kind:
+        return False
+    if kind is TensorDict:
+        held = tree._tensordict  # as in `entries`
+        if tuple(held) != keys or tree._batch_size != meta:
+            return False
+        children = held.values()
+        if _TENSOR.issuperset(builtins.map(type, children)):
+            leaves.extend(children)
+            return not any(places)
+    else:
+        found, children, context = _children(tree) or ((), [], None)
+        if found != keys or context != meta:
+            return False
+    for place, child in zip(places, children):  # noqa: B905, SIM110 (all() takes longer)
+        if not _flatten_as(place, child, leaves):
+            return False
+    return True
+
+
 def _unflatten(
     structure: Structure, leaves: Iterator[Any], build: Callable[[dict[str, Any], torch.Size], Any]
 ) -> Any:
@@ -230,16 +268,25 @@ def tensordict(named: dict[str, Any], size: torch.Size = _NO_BATCH) -> TensorDic
 
     Its batch size is the one given where all that it holds has it, and else none.
     """
-    if size and any(child.shape[: len(size)] != size for child in named.values()):
-        size = _NO_BATCH
     if torch.compiler.is_compiling():  # Dynamo knows the public ways alone
-        return TensorDict._new_unsafe(named, batch_size=size, nested=False)
+        return TensorDict._new_unsafe(named, batch_size=_common_size(named, size), nested=False)
+    return _made(named, size)
+
+
+def _made(named: dict[str, Any], size: torch.Size) -> TensorDict:
+    size = _common_size(named, size) if size else size
     made = TensorDict.__new__(TensorDict)
     made._device = None
-    made._tensordict = _Held(named)
+    made._tensordict = named if _Held is dict else _Held(named)
     made._batch_size = size
     made._td_dim_names = None
     return made
+
+
+def _common_size(named: dict[str, Any], size: torch.Size) -> torch.Size:
+    if any(child.shape[: len(size)] != size for child in named.values()):
+        return _NO_BATCH
+    return size
 
 
 def _map(f: Callable[..., Any], path: Path, tree: Any, rest: tuple[Any, ...]) -> Any:

@@ -37,6 +37,34 @@ def test_unflatten_inverts_flatten(value):
     assert all(a is b for a, b in zip(leaves, again, strict=True))
 
 
+@given(ANY, ANY, st.booleans())
+def test_flatten_as_knows_trees_of_the_same_structure(one, other, alike):
+    leaves, structure = tree.flatten(one)
+    if alike:
+        other = tree.unflatten(structure, leaves)
+    found, expected = tree.flatten_as(structure, other), tree.leaves(other)
+    assert (found is None) == (structure != tree.flatten(other)[1])
+    assert found is None or all(a is b for a, b in zip(found, expected, strict=True))
+
+
+@given(params(), st.data())
+def test_flatten_as_sees_another_name_order_or_batch_size(tensordict, data):
+    _, structure = tree.flatten(tensordict)
+    other = data.draw(st.sampled_from([TensorDict.copy, backwards, renamed, within_batch]))(
+        tensordict
+    )
+    found = tree.flatten_as(structure, other)
+    assert (found is None) == (structure != tree.flatten(other)[1])
+
+
+def renamed(held):
+    return TensorDict({f"{name}_": child for name, child in held.items()})
+
+
+def within_batch(held):
+    return TensorDict(tree.map(lambda leaf: leaf[None], held).to_dict(), batch_size=[1])
+
+
 @given(ANY)
 def test_same_leaves_in_the_same_order_as_torch(value):
     expected = [leaf for leaf in _pytree.tree_leaves(value) if leaf is not None]
