@@ -1,8 +1,9 @@
 """What torch keeps private and funcnets needs, in one place. Written for torch 2.11 to 2.15.
 
-Three things have no public name: whether a torch.func transform or a trace is under way, the
-tensor below the wrappers of the transforms, and the way from a recorded graph to a compiler that
-does not have Dynamo read the Python code again.
+Four things have no public name: whether a torch.func transform or a trace is under way, the
+tensor below the wrappers of the transforms, sizes in a record that are known when it runs alone,
+and the way from a recorded graph to a compiler that does not have Dynamo read the Python code
+again.
 """
 
 from __future__ import annotations
@@ -155,8 +156,8 @@ class _Shapes(ShapeEnv):
     ragged: bool | None = None  # nobody has asked
 
 
-class _Asked(Exception):  # noqa: N818
-    """Somebody has asked whether sizes may be ragged."""
+class _Asked(BaseException):
+    """Somebody has asked whether sizes may be ragged; no error, which f itself might catch."""
 
 
 def ragged(tensor: Tensor) -> bool:
@@ -170,6 +171,16 @@ def ragged(tensor: Tensor) -> bool:
     if shapes.ragged is None:
         raise _Asked
     return shapes.ragged
+
+
+class _Whole(BaseException):
+    """A size must be known; as above."""
+
+
+def not_ragged(size: int | torch.SymInt) -> None:
+    """Where the size is ragged, the record is begun anew without such sizes."""
+    if not isinstance(size, int):
+        raise _Whole
 
 
 def positive(size: int | torch.SymInt) -> None:
@@ -201,16 +212,19 @@ def trace(f: Callable[..., Any], tensors: list[Tensor], ragged: bool | None = No
             )
             for tensor in tensors
         ]
+    graph: GraphModule | None = None
     try:
         # Some operations know how to do with such sizes in Python alone.
         with mode, enable_python_dispatcher() if ragged else contextlib.nullcontext():
             graph = make_fx(f)(*inputs)
     except _Asked:
-        return trace(f, tensors, ragged=True)
-    except Exception:
+        ragged = True
+    except (Exception, _Whole):
         if not ragged:
             raise
-        return trace(f, tensors, ragged=False)
+        ragged = False
+    if graph is None:  # here, so that what f raises then is not said to come from handling this
+        return trace(f, tensors, ragged)
     graph.graph.eliminate_dead_code()
     graph.recompile()
     return Recorded(graph, inputs, mode, bool(ragged))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import operator
 import warnings
 from collections.abc import Callable, Collection, Sequence
@@ -29,13 +30,14 @@ def compile(
 ) -> Any:
     """`torch.compile` for pure functions over trees, torch.func transforms and all.
 
-    The function is run once per structure of its arguments while its operations are recorded, as
-    with ``jax.jit``: ``grad``, ``vmap`` and ``jvp`` in it are resolved, `funcnets.cond` stays a
-    conditional, and the record is compiled. Calls with the same structure, shapes, strides and
-    dtypes run the compiled code; others compile again. A compiled function called inside a
-    transform, or inside another compiled function, is the plain function. Where arguments require
-    grad, the result can be differentiated with backward() as that of torch.compile; conditionals
-    and loops inside are better differentiated inside, with ``torch.func.grad``.
+    The function is run once per structure of its arguments (a few times, with `funcnets.route` in
+    it) while its operations are recorded, as with ``jax.jit``: ``grad``, ``vmap`` and ``jvp`` in it
+    are resolved, `funcnets.cond` stays a conditional, and the record is compiled. Calls with the
+    same structure, shapes, strides and dtypes run the compiled code; others compile again. A
+    compiled function called inside a transform, or inside another compiled function, is the plain
+    function. Where arguments require grad, the result can be differentiated with backward() as
+    that of torch.compile; conditionals and loops inside are better differentiated inside, with
+    ``torch.func.grad``.
 
     Args:
         f: takes and returns trees whose leaves are tensors. Every other leaf of the arguments (a
@@ -82,6 +84,7 @@ class Compiled:
         self._static = _places(f, static)
         self._entries: dict[Any, list[_Entry]] = {}
         self._structures: dict[Any, int] = {}  # of all calls, numbered
+        self._numbers = itertools.count()
         self._last: tuple[Any, int] = (None, -1)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -103,7 +106,7 @@ class Compiled:
             constants = tuple((type(leaf), leaf) for leaf in leaves if not isinstance(leaf, Tensor))
         try:
             if number < 0:
-                number = self._structures.setdefault(structure, len(self._structures))
+                number = self._structures.setdefault(structure, next(self._numbers))
                 self._last = structure, number
             key = (number, constants, _ambient())
             entries = self._entries.get(key, ())
@@ -174,14 +177,16 @@ class Compiled:
             with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
                 compiled = _torch.compile_graph(recorded, self._backend)
         except Exception as error:
-            if recorded.ragged:  # not every operation compiles so
-                return self._compile(leaves, structure, tensors, donated, ragged=False)
-            if not differentiated:
+            if not recorded.ragged and not differentiated:
                 raise
-            raise RuntimeError(
-                f"{self._name}: cannot be differentiated from outside, as its arguments that "
-                "require grad ask; take the gradient inside it with torch.func.grad"
-            ) from error
+            if not recorded.ragged:
+                raise RuntimeError(
+                    f"{self._name}: cannot be differentiated from outside, as its arguments that "
+                    "require grad ask; take the gradient inside it with torch.func.grad"
+                ) from error
+            compiled = None
+        if compiled is None:  # not everything compiles for batches of any size
+            return self._compile(leaves, structure, tensors, donated, ragged=False)
         matches, signature = _torch.guard(tensors), _signature(tensors)
         return [_Entry(matches, signature, compiled, outputs, donated, self._name)]
 

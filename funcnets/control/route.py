@@ -30,12 +30,12 @@ def route(
     it. Order is kept, a branch that no sample takes does not run, and gradients flow to the
     parameters and inputs through the branches taken.
 
-    In `funcnets.compile`, too, how many samples a branch has is counted when it runs (a route
-    inside a branch may then run branches of its own on no samples). What cannot be compiled for a
-    batch of any size, as a branch that makes a Python number of it, gets the whole batch if some
-    sample takes it, and its results are selected. So does every branch where the index differs
-    between the members of a vmap, and under plain torch.compile (within the limits of `cond`). A
-    sample's result must therefore not depend on the other samples of the batch.
+    In `funcnets.compile`, too, how many samples a branch has is counted when it runs. Where one of
+    them cannot be compiled for a batch of any size, as one that makes a Python number of it or
+    holds another route, all branches of all routes in the function get whole batches, if some
+    sample takes them, and their results are selected. So they do where the index differs between
+    the members of a vmap, and under plain torch.compile (within the limits of `cond`). A sample's
+    result must therefore not depend on the other samples of the batch.
 
     Args:
         index: integers from 0 to ``len(branches) - 1``, or booleans (False takes branch 0).
@@ -119,6 +119,9 @@ def _select(index: Tensor, branches: list[Any], params: Any, inputs: tuple[Any, 
 
 def _record(index: Tensor, branches: list[Any], params: Any, inputs: tuple[Any, ...]) -> Any:
     """A conditional for each branch: whether some sample takes it."""
+    # Inside a branch of another, torch's conditional would forget how large the batch is, and
+    # without one a branch would run on no samples, at which some of torch's kernels crash.
+    _torch.not_ragged(index.shape[0])
     index = index.clamp(0, len(branches) - 1)
     # For its shapes only; nothing of it is used, so it is dropped from the record.
     output = branches[0](params, *inputs)
@@ -129,12 +132,7 @@ def _record(index: Tensor, branches: list[Any], params: Any, inputs: tuple[Any, 
         mine = index == place
         run = functools.partial(_put, place, branch)
         operands = (output, mine, params, *inputs)
-        if isinstance(index.shape[0], int):
-            output = cond(
-                mine.any(), run, lambda before, *_: tree.map(torch.clone, before), operands
-            )
-        else:  # inside another route; torch's conditional would forget how large the batch is
-            output = run(*operands)
+        output = cond(mine.any(), run, lambda before, *_: tree.map(torch.clone, before), operands)
     return output
 
 
@@ -154,9 +152,17 @@ def _rows(mine: Tensor) -> tuple[Any, Callable[..., Tensor], Callable[..., Tenso
     """How many samples are mine, how to take them out of a batch, and to put them back into one."""
     rows = mine.nonzero().squeeze(1)
     size = rows.shape[0]
-    if isinstance(mine.shape[0], int):  # else there may be none
-        _torch.positive(size)
-    return size, lambda x: x.index_select(0, rows), lambda own, x: x.index_put((rows,), own)
+    _torch.positive(size)
+
+    @signed
+    def take(_: Tensor, x: Tensor) -> Tensor:
+        return x.index_select(0, rows)
+
+    @signed
+    def give(_: Tensor, own: Tensor, x: Tensor) -> Tensor:
+        return x.index_put((rows,), own)
+
+    return size, functools.partial(take, mine), functools.partial(give, mine)
 
 
 def _lent(mine: Tensor) -> tuple[Any, Callable[..., Tensor], Callable[..., Tensor]]:

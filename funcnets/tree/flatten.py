@@ -270,7 +270,7 @@ def tensordict(named: dict[str, Any], size: torch.Size = _NO_BATCH) -> TensorDic
     """
     if torch.compiler.is_compiling():  # Dynamo knows the public ways alone
         return TensorDict._new_unsafe(named, batch_size=_common_size(named, size), nested=False)
-    return _made(named, size)
+    return _made(dict(named), size)
 
 
 def _made(named: dict[str, Any], size: torch.Size) -> TensorDict:
@@ -284,8 +284,11 @@ def _made(named: dict[str, Any], size: torch.Size) -> TensorDict:
 
 
 def _common_size(named: dict[str, Any], size: torch.Size) -> torch.Size:
-    if any(child.shape[: len(size)] != size for child in named.values()):
-        return _NO_BATCH
+    for child in named.values():
+        shape = child.shape[: len(size)]
+        # One that is not known (while something is compiled) is not to be compared.
+        if torch.SymInt in builtins.map(type, shape) or shape != size:
+            return _NO_BATCH
     return size
 
 
