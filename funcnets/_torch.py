@@ -156,11 +156,18 @@ class _Shapes(ShapeEnv):
     ragged: bool | None = None  # nobody has asked
 
 
-class _Asked(BaseException):
-    """Somebody has asked whether sizes may be ragged; no error, which f itself might catch."""
+class _Again(BaseException):
+    """The record is to be made anew; no error, for which the function itself might have a use.
+
+    Attributes:
+        ragged: whether sizes may then be ragged.
+    """
+
+    def __init__(self, ragged: bool) -> None:
+        self.ragged = ragged
 
 
-def ragged(tensor: Tensor) -> bool:
+def may_be_ragged(tensor: Tensor) -> bool:
     """Whether the record under way may hold sizes that are known when it runs and not before."""
     if torch.compiler.is_dynamo_compiling():
         return False
@@ -169,18 +176,14 @@ def ragged(tensor: Tensor) -> bool:
     if not isinstance(shapes, _Shapes):
         return False
     if shapes.ragged is None:
-        raise _Asked
+        raise _Again(ragged=True)
     return shapes.ragged
-
-
-class _Whole(BaseException):
-    """A size must be known; as above."""
 
 
 def not_ragged(size: int | torch.SymInt) -> None:
     """Where the size is ragged, the record is begun anew without such sizes."""
     if not isinstance(size, int):
-        raise _Whole
+        raise _Again(ragged=False)
 
 
 def positive(size: int | torch.SymInt) -> None:
@@ -217,9 +220,9 @@ def trace(f: Callable[..., Any], tensors: list[Tensor], ragged: bool | None = No
         # Some operations know how to do with such sizes in Python alone.
         with mode, enable_python_dispatcher() if ragged else contextlib.nullcontext():
             graph = make_fx(f)(*inputs)
-    except _Asked:
-        ragged = True
-    except (Exception, _Whole):
+    except _Again as again:
+        ragged = again.ragged
+    except Exception:
         if not ragged:
             raise
         ragged = False

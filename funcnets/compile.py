@@ -177,14 +177,15 @@ class Compiled:
             with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
                 compiled = _torch.compile_graph(recorded, self._backend)
         except Exception as error:
-            if not recorded.ragged and not differentiated:
-                raise
-            if not recorded.ragged:
+            if recorded.ragged:
+                compiled = None
+            elif differentiated:
                 raise RuntimeError(
                     f"{self._name}: cannot be differentiated from outside, as its arguments that "
                     "require grad ask; take the gradient inside it with torch.func.grad"
                 ) from error
-            compiled = None
+            else:
+                raise
         if compiled is None:  # not everything compiles for batches of any size
             return self._compile(leaves, structure, tensors, donated, ragged=False)
         matches, signature = _torch.guard(tensors), _signature(tensors)

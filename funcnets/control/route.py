@@ -140,7 +140,7 @@ def _put(
     place: int, branch: Callable[..., Any], before: Any, mine: Tensor, params: Any, *inputs: Any
 ) -> Any:
     """The results before, and for the samples that are mine those of the branch."""
-    size, take, give = _rows(mine) if _torch.ragged(mine) else _lent(mine)
+    size, take, give = _rows(mine) if _torch.may_be_ragged(mine) else _lent(mine)
     own = tree.map(take, inputs)
     after = branch(params, *own)
     _check_output(place, after, size)

@@ -111,7 +111,7 @@ def forward(
     taps: TapsLike = (),
 ) -> Any:
     """The outputs, with the gate's probabilities where it decides; in training with buffers."""
-    _check(deep, config)
+    _check(deep, x, config)
     if train and key is None and deep is None and config.gate == "gumbel":
         raise ValueError("gated: key: expected a key (the gate draws in training), got None")
     tap, new = Taps("gated", taps), {}
@@ -189,15 +189,18 @@ def _beside(choice: Tensor, outputs: Tensor) -> Tensor:
     return choice.reshape(*choice.shape, *(1,) * (outputs.ndim - choice.ndim))
 
 
-def _check(deep: Any, config: Config) -> None:
+def _check(deep: Any, x: Any, config: Config) -> None:
     if deep is None:
         if config.gate is None:
             raise ValueError("gated: deep: expected a flag, as the model has no gate, got None")
-        return
-    if isinstance(deep, bool) or (
-        isinstance(deep, Tensor) and deep.dtype == torch.bool and deep.ndim < 2
-    ):
-        return
-    raise ValueError(
-        f"gated: deep: expected a bool, or a bool tensor [] or [batch], got {tree.describe(deep)}"
-    )
+    elif isinstance(deep, Tensor) and deep.dtype == torch.bool and deep.ndim < 2:
+        if deep.ndim and isinstance(x, Tensor) and x.shape[:1] != deep.shape:
+            raise ValueError(
+                f"gated: deep: expected {list(x.shape[:1])} (the batch of x) or [], "
+                f"got {list(deep.shape)}"
+            )
+    elif not isinstance(deep, bool):
+        raise ValueError(
+            "gated: deep: expected a bool, or a bool tensor [] or [batch], "
+            f"got {tree.describe(deep)}"
+        )

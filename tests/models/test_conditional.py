@@ -249,6 +249,7 @@ def test_calls_that_do_not_fit(unchecked):
     flagged, gate = models.gated(A, B, B), models.gated(A, B, B, gate="gumbel")
     exits = models.early_exit([A], [B])
     x, tensors = torch.zeros(2, 3), (torch.zeros(2), torch.zeros(2, 2, dtype=torch.bool))
+    long = torch.zeros(3, dtype=torch.bool)
     params = {model: model.init(KEY) for model in (flagged, gate, exits)}
     with NoArithmetic():
         with pytest.raises(ValueError, match="gated: deep: expected a flag, as the model has no"):
@@ -256,6 +257,9 @@ def test_calls_that_do_not_fit(unchecked):
         for flag in (*tensors, 1, "yes"):
             with pytest.raises(ValueError, match="gated: deep: expected a bool, or a bool tensor"):
                 flagged.apply(params[flagged], x, flag)
+        for train in (False, True):
+            with pytest.raises(ValueError, match=r"gated: deep: expected \[2\] .*, got \[3\]"):
+                flagged.apply(params[flagged], x, long, train=train)
         with pytest.raises(ValueError, match="gated: key: expected a key"):
             gate.apply(params[gate], x, train=True)
         with pytest.raises(ValueError, match=r"early_exit: threshold: .* got 2"):
