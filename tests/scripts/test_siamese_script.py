@@ -156,6 +156,12 @@ def test_a_batch_has_groups_of_one_alphabet_and_the_same_drawers(script):
     first, second = batch.offset[plain:].chunk(2)
     assert torch.equal(first, -second)
     assert 0.05 < float(batch.size[plain:].min()) < 1
+    # The first groups are cut, each along one line; the others are not.
+    cuts = batch.cut.split(4)
+    assert [float(cut.norm(dim=1).sum()) for cut in cuts] == pytest.approx([4, 0])
+    for cut, offset in zip(cuts, first.split(4), strict=True):
+        assert torch.equal(cut, cut[:1].expand_as(cut))
+        assert (cut.any() and not offset.any()) or (offset.any() and not cut.any())
     parts = characters[plain:, 0].chunk(2)
     hands = drawers[plain:].chunk(2)
     assert torch.equal(*hands)
@@ -222,7 +228,22 @@ def test_views_are_centred_and_fill_the_square(script):
         inked = rows[i].nonzero()
         assert abs(inked.float().mean() - 23.5) <= 1
         assert 36 <= len(inked) <= 41  # 48 / 1.25
-    assert (columns.sum(1).diff() > 0).all()
+    for i, width in enumerate((25, 30, 35)):  # wider than drawn, by the root of the ratio
+        assert columns[i].sum() == pytest.approx(48 / 1.25 * (width / 40) ** 0.5, abs=2)
+
+
+def test_parts_are_joined_whole_or_at_a_line(script):
+    one = torch.ones(4, 1, script.SIZE, script.SIZE)
+    cut = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, -1.0], [1.0, 0.0]])
+    joined = script.join(one, 2 * one, cut, torch.tensor([0.5, 0.0, 0.0, 0.5]))[:, 0]
+    half, quarter = script.SIZE // 2, script.SIZE // 4
+    assert (joined[0] == 2).all()
+    assert (joined[1, :, half:] == 1).all()
+    assert (joined[1, :, :half] == 2).all()
+    assert (joined[2, :half] == 1).all()
+    assert (joined[2, half:] == 2).all()
+    assert (joined[3, :, quarter:] == 1).all()
+    assert (joined[3, :, :quarter] == 2).all()
 
 
 def test_the_symmetries_are_those_of_the_square(script):
