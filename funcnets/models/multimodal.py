@@ -158,7 +158,8 @@ def multimodal(
             "identity" for none.
 
     Raises:
-        ValueError: naming the part, where sizes or names do not fit.
+        ValueError: naming the part, where sizes or names do not fit. All that can be told from the
+            inputs' names and masks comes first; each encoder then looks at its own input.
 
     >>> from funcnets import models
     >>> model = multimodal(
