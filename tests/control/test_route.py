@@ -227,23 +227,31 @@ def test_compiled_a_branch_is_given_its_own_samples_alone(transform):
     check()
 
 
-def test_compiled_a_route_in_a_branch_runs_on_no_fewer_than_one_sample():
-    """At no samples some kernels of torch crash: both routes get whole batches."""
+@pytest.mark.parametrize("transform", [lambda f: f, lambda f: grad(lambda *a: f(*a).sum(), 1)])
+def test_compiled_a_route_in_a_branch_runs_on_whole_batches(transform):
+    """And so does the one around it: at no samples some kernels of torch crash."""
 
     def inner(scale, ways, x):
-        return route(ways, [lambda p, _, x: scaled("1")(p, x), lambda p, _, x: x], scale, ways, x)
+        return route(
+            ways, [lambda p, x, i=i: scaled(f"1{i}")(p, x) + i for i in range(2)], scale, x
+        )
 
     def outer(index, scale, ways, x):
         return route(index, [lambda p, _, x: scaled("0")(p, x), inner], scale, ways, x)
 
-    f = compiled(outer)
-    scale, x = normal(0, 2), normal(1, 4, 2)
-    for index, ways in (([0, 1, 1, 0], [0, 1, 0, 1]), ([0, 1, 1, 0], [1, 1, 1, 1])):
-        given_ways = torch.tensor(index), scale, torch.tensor(ways), x
-        expected = outer(*given_ways)
+    f, plain = compiled(transform(outer)), transform(outer)
+    scale, x = normal(0, 2), normal(1, 5, 2)
+
+    @given(st.lists(st.sampled_from(["0", "10", "11"]), min_size=5, max_size=5))
+    def check(names):
+        index = torch.tensor([int(name[0]) for name in names])
+        ways = torch.tensor([int(name[-1]) for name in names])
+        expected = plain(index, scale, ways, x)
         ticked.clear()
-        assert_same(f(*given_ways), expected)
-        assert all(size for _, size in ticked)
+        assert_same(f(index, scale, ways, x), expected)
+        assert set(ticked) == {(name, 5) for name in names}
+
+    check()
 
 
 def test_compiled_a_branch_may_ask_how_many_samples_it_has():
@@ -328,9 +336,10 @@ def test_inductor_lays_out_convolutions_as_it_says():
 
     f = funcnets.compile(gradient)
     w, x = normal(0, 3, 3, 3, 3), normal(1, 5, 3, 4, 4)
-    for index in ([0, 1, 1, 0, 1], [1, 1, 1, 1, 1]):
-        index = torch.tensor(index)
-        assert_same(f(w, index, x), gradient(w, index, x))
+    for given_x in (x, x.contiguous(memory_format=torch.channels_last)):
+        for index in ([0, 1, 1, 0, 1], [1, 1, 1, 1, 1]):
+            index = torch.tensor(index)
+            assert_same(f(w, index, given_x), gradient(w, index, given_x))
 
 
 @pytest.mark.parametrize("run", RUN)

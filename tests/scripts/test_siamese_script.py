@@ -228,6 +228,7 @@ def test_views_are_centred_and_fill_the_square(script):
         inked = rows[i].nonzero()
         assert abs(inked.float().mean() - 23.5) <= 1
         assert 36 <= len(inked) <= 41  # 48 / 1.25
+    assert (columns.sum(1).diff() > 0).all()
     for i, width in enumerate((25, 30, 35)):  # wider than drawn, by the root of the ratio
         assert columns[i].sum() == pytest.approx(48 / 1.25 * (width / 40) ** 0.5, abs=2)
 
