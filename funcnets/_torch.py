@@ -242,27 +242,49 @@ def holds_loop(recorded: Recorded) -> bool:
     return any(node.target is while_node for part in parts for node in part.graph.nodes)
 
 
+def computes_channels_last(recorded: Recorded) -> bool:
+    """Whether Inductor should compute the 2-d convolutions on a CPU with channels last.
+
+    Their inputs and results gain by it and their weights lose, for oneDNN makes another order of
+    those in each call: it pays where the former are more. Of a batch of unknown size torch (2.15)
+    takes a convolution's result to be contiguous.
+    """
+    if recorded.ragged:
+        return False
+    values = weights = 0
+    for node in _cpu_convolutions(recorded):
+        values += node.args[0].meta["val"].numel() + node.meta["val"].numel()
+        weights += node.args[1].meta["val"].numel()
+    return bool(values > weights)
+
+
 def convolution_weights(recorded: Recorded) -> set[torch.Size]:
     """The shapes of the inputs that 2-d convolutions on a CPU have as weights."""
     inputs = {node for node in recorded.graph.graph.nodes if node.op == "placeholder"}
     shapes = set()
+    for node in _cpu_convolutions(recorded):
+        weight = node.args[1]
+        if weight.target is torch.ops.aten._to_copy.default:  # by autocast
+            weight = weight.args[0]
+        if weight in inputs:
+            shapes.add(weight.meta["val"].shape)
+    return shapes
+
+
+def _cpu_convolutions(recorded: Recorded) -> Iterator[Any]:
+    """The nodes of 2-d convolutions on a CPU."""
     for node in recorded.graph.graph.nodes:
         if node.target is torch.ops.aten.convolution.default:
-            weight = node.args[1]
-            if weight.target is torch.ops.aten._to_copy.default:  # by autocast
-                weight = weight.args[0]
-            value = weight.meta["val"]
-            if weight in inputs and value.ndim == 4 and value.device.type == "cpu":
-                shapes.add(value.shape)
-    return shapes
+            value = node.args[1].meta["val"]
+            if value.ndim == 4 and value.device.type == "cpu":
+                yield node
 
 
 def compile_graph(recorded: Recorded, backend: str | Callable[..., Any]) -> Callable[..., Any]:
     """Hands a graph to a backend of torch.compile (a name or a function) as Dynamo would."""
     options: dict[str, Any] = {}
-    if recorded.ragged and backend == "inductor":
-        # Of a batch of unknown size torch (2.15) takes a convolution's result to be contiguous.
-        options["config_patches"] = {"layout_optimization": False}
+    if backend == "inductor" and any(_cpu_convolutions(recorded)):
+        options["config_patches"] = {"layout_optimization": computes_channels_last(recorded)}
     with torch._guards.tracing(torch._guards.TracingContext(recorded.mode)):
         return lookup_backend(backend)(recorded.graph, recorded.inputs, **options)
 

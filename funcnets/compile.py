@@ -46,7 +46,8 @@ def compile(
         donate: arguments (by name or position) whose memory the results may take over, as the
             parameters and the optimizer state of a training step. A donated tensor cannot be used
             afterwards: any attempt is an error. On a CPU, what has the shape of a convolution's
-            weight comes back with channels last, as Inductor computes with it.
+            weight comes back with channels last where Inductor computes so: where there are more
+            inputs and results of convolutions than weights.
         static: arguments that are constants as a whole, such as a config; they must be hashable.
         backend: a backend of torch.compile; ``"aot_eager"`` runs the record one by one.
 
@@ -157,9 +158,10 @@ class Compiled:
     ) -> list[_Entry]:
         """The entries for these tensors: for them as they are, and as they come back."""
         recorded, outputs = _record(self._f, leaves, structure, tensors, donated, ragged)
-        # Inductor computes convolutions with channels last. What else of their weights' shapes is
+        # Where convolutions are computed with channels last, what else of their weights' shapes is
         # given away, moments and all, is better laid out so once than in each step.
-        shapes = _torch.convolution_weights(recorded) if self._backend == "inductor" else ()
+        laid_out_so = self._backend == "inductor" and _torch.computes_channels_last(recorded)
+        shapes = _torch.convolution_weights(recorded) if laid_out_so else ()
         moved = {place for place in donated if tensors[place].shape in shapes}
         laid_out = _channels_last(tensors, moved)
         if any(one is not other for one, other in zip(laid_out, tensors, strict=True)):

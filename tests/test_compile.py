@@ -389,13 +389,20 @@ def test_a_donated_tensor_that_vmap_has_expanded():
 
 
 @given(
-    channels=st.sampled_from([(2, 4, 1), (4, 4, 4), (3, 2, 1)]),
+    channels=st.sampled_from([(2, 4, 1), (4, 4, 4), (3, 2, 1), (8, 8, 1)]),
     kernel=st.sampled_from([(1, 1), (3, 3), (2, 3)]),
+    size=st.sampled_from([(2, 5, 4), (1, 1, 1)]),
     autocast=st.booleans(),
 )
-def test_donated_weights_of_convolutions_come_back_with_channels_last(channels, kernel, autocast):
+def test_convolutions_are_compiled_with_channels_last_where_weights_are_few_and_come_back_so(
+    channels, kernel, size, autocast
+):
     inputs, outputs, groups = channels
-    compiled_graphs = []
+    options_given = []
+    batch, height, width = size
+    results = batch * outputs * (height + 3 - kernel[0]) * (width + 3 - kernel[1])
+    weights = outputs * inputs // groups * kernel[0] * kernel[1]
+    last = batch * inputs * height * width + results > weights
 
     def conv_step(params, mean, x):
         def loss(params):
@@ -413,15 +420,15 @@ def test_donated_weights_of_convolutions_come_back_with_channels_last(channels, 
         params = {"conv": random.normal(random.key(0), shape), "table": table}
         return params, tree.map(torch.zeros_like, params)
 
-    def recorded_alone(recorded, backend):
-        compiled_graphs.append(recorded.graph)
-        return recorded.graph
+    def uncompiled(graph, inputs, **options):
+        options_given.append(options)
+        return graph
 
-    x = random.normal(random.key(2), (2, inputs, 5, 4))
+    x = random.normal(random.key(2), (batch, inputs, height, width))
     once = conv_step(*begin(), x)
     twice = conv_step(*once, x)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(_torch, "compile_graph", recorded_alone)
+        patched.setattr(_torch, "lookup_backend", lambda backend: uncompiled)
         compiled = compile(conv_step, donate=(0, 1))
         for _ in range(2):  # the second time, all is compiled
             held = begin()
@@ -429,11 +436,12 @@ def test_donated_weights_of_convolutions_come_back_with_channels_last(channels, 
             with pytest.raises(RuntimeError, match="donated"):
                 held[0]["conv"].sum()
             for part in found:
-                assert part["conv"].is_contiguous(memory_format=torch.channels_last)
+                layout = torch.channels_last if last else torch.contiguous_format
+                assert part["conv"].is_contiguous(memory_format=layout)
                 assert part["table"].is_contiguous()
             assert_trees_close(found, once)
             assert_trees_close(compiled(*found, x), twice)
-        assert len(compiled_graphs) == 1
+        assert options_given == [{"config_patches": {"layout_optimization": last}}]
         kept = begin()
         assert_trees_close(compile(conv_step)(*kept, x), once)  # nothing given, nothing moved
         assert kept[0]["conv"].is_contiguous()

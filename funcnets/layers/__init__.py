@@ -79,6 +79,7 @@ from funcnets.layers.norm import (
     rms_norm,
 )
 from funcnets.layers.pooling import (
+    activate_and_pool,
     adaptive_avg_pool1d,
     adaptive_avg_pool2d,
     adaptive_avg_pool3d,
@@ -122,6 +123,7 @@ from funcnets.layers.transformer import (
 __all__ = [
     "KeyValueCache",
     "Routing",
+    "activate_and_pool",
     "activation",
     "adaptive_avg_pool1d",
     "adaptive_avg_pool2d",

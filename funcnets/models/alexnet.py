@@ -14,6 +14,7 @@ from torch import Tensor
 
 from funcnets import random
 from funcnets.layers import (
+    activate_and_pool,
     adaptive_avg_pool2d,
     conv,
     dropout,
@@ -128,9 +129,12 @@ def forward(
     for place, _, stride, padding, pooled in CONVOLUTIONS:
         x = conv(features[str(place)], x, stride=stride, padding=padding)
         x = tap(f"features.{place}", x)
-        x = tap(f"features.{place + 1}", relu(x))
         if pooled:
-            x = tap(f"features.{place + 2}", max_pool2d(x, 3, 2))
+            seen = tap.at(f"features.{place + 1}")
+            x = activate_and_pool(F.relu, max_pool2d, x, 3, 2, tap=seen)
+            x = tap(f"features.{place + 2}", x)
+        else:
+            x = tap(f"features.{place + 1}", relu(x))
     x = tap("avgpool", adaptive_avg_pool2d(tap("features", x), POOLED))
     x = rearrange(x, "batch channels height width -> batch (channels height width)")
     for i, place in enumerate((1, 4)):

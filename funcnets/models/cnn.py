@@ -11,7 +11,15 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from funcnets import layers, random
-from funcnets.layers import activation, channel_dropout, conv, init_conv, init_linear, linear
+from funcnets.layers import (
+    activate_and_pool,
+    activation,
+    channel_dropout,
+    conv,
+    init_conv,
+    init_linear,
+    linear,
+)
 from funcnets.layers.fresh import activate_fresh
 from funcnets.model import Model, bind
 from funcnets.models import blocks
@@ -162,7 +170,7 @@ def forward(
     """Logits [batch, num_classes]; in training with the new buffers."""
     _check_input(x, config)
     keys = blocks.draw_keys("cnn", key, train and config.dropout > 0, len(config.widths))
-    tap = Taps("cnn", taps)
+    tap, nonlinear = Taps("cnn", taps), activation(config.activation)
     features: dict[str, Any] = {}
     for block in range(len(config.widths)):
         found = features[str(block)] = {}
@@ -173,9 +181,11 @@ def forward(
             if config.norm is not None:
                 x, new = blocks.norm(layer["1"], x, config.norm, train=train, groups=config.groups)
                 found[str(i)] = {"1": new}
-            x = tap(name, activate_fresh(activation(config.activation), x))
-        if config.pool is not None:
-            x = POOLS[config.pool, config.dims](x, 2)
+            if config.pool is not None and i == config.depth - 1:
+                pool = POOLS[config.pool, config.dims]
+                x = activate_and_pool(nonlinear, pool, x, 2, tap=tap.at(name))
+            else:
+                x = tap(name, activate_fresh(nonlinear, x))
         if keys is not None:
             x = channel_dropout(keys[block], x, config.dropout)
         x = tap(f"features.{block}", x)

@@ -207,10 +207,13 @@ def forward(
     tap, new = Taps("densenet", taps), {}
     features, small = params["features"], config.stem == "small"
     x = conv(features["conv0"], x, stride=1 if small else 2, padding=1 if small else 3)
-    x, new["norm0"] = _norm_relu(features["norm0"], x, train)
-    x = tap("features.relu0", x)
-    if not small:
-        x = tap("features.pool0", max_pool2d(x, 3, 2, 1))
+    x, new["norm0"] = layers.with_buffers(layers.batch_norm, features["norm0"], x, train=train)
+    if small:
+        x = tap("features.relu0", activate_fresh(F.relu, x))
+    else:
+        seen = tap.at("features.relu0")
+        x = layers.activate_and_pool(F.relu, max_pool2d, x, 3, 2, 1, tap=seen)
+        x = tap("features.pool0", x)
     for block, depth in enumerate(config.depths, start=1):
         if block > 1:
             name = f"transition{block - 1}"

@@ -12,7 +12,14 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from funcnets import layers, random
-from funcnets.layers import activation, conv, init_conv, init_linear, linear
+from funcnets.layers import (
+    activate_and_pool,
+    activation,
+    conv,
+    init_conv,
+    init_linear,
+    linear,
+)
 from funcnets.model import Model, bind
 from funcnets.models import blocks
 from funcnets.taps import Taps, TapsLike
@@ -145,8 +152,9 @@ def forward(
         place = 3 * i
         x = conv(features[str(place)], x, padding=config.padding if i == 0 else 0)
         x = tap(f"features.{place}", x)
-        x = tap(f"features.{place + 1}", nonlinear(x))
-        x = tap(f"features.{place + 2}", POOLS[config.pool](x, 2))
+        seen = tap.at(f"features.{place + 1}")
+        x = activate_and_pool(nonlinear, POOLS[config.pool], x, 2, tap=seen)
+        x = tap(f"features.{place + 2}", x)
     x = tap("features", x)
     x = rearrange(x, "batch channels height width -> batch (channels height width)")
     for i in range(len(config.hidden)):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from funcnets import layers, random
 from funcnets.layers import (
+    activate_and_pool,
     conv,
     init_bottleneck_block,
     init_conv,
@@ -242,9 +243,11 @@ def forward(
     small = config.stem == "small"
     x = conv(params["conv1"], x, stride=1 if small else 2, padding=1 if small else 3)
     x, new["bn1"] = with_buffers(layers.batch_norm, params["bn1"], x, train=train)
-    x = tap("relu", activate_fresh(F.relu, x))
-    if not small:
-        x = tap("maxpool", max_pool2d(x, 3, 2, 1))
+    if small:
+        x = tap("relu", activate_fresh(F.relu, x))
+    else:
+        x = activate_and_pool(F.relu, max_pool2d, x, 3, 2, 1, tap=tap.at("relu"))
+        x = tap("maxpool", x)
     block = 0
     for stage in range(len(config.depths)):
         name = f"layer{stage + 1}"

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from funcnets import random
 from funcnets.layers import (
+    activate_and_pool,
     adaptive_avg_pool2d,
     batch_norm,
     conv,
@@ -186,7 +187,7 @@ def forward(
     features, classifier = params["features"], params["classifier"]
     place = 0
     for depth in config.depths:
-        for _ in range(depth):
+        for i in range(depth):
             x = tap(f"features.{place}", conv(features[str(place)], x, padding=1))
             place += 1
             if config.batch_norm:
@@ -194,9 +195,13 @@ def forward(
                 x, new[name] = with_buffers(batch_norm, features[name], x, train=train)
                 x = tap(f"features.{place}", x)
                 place += 1
-            x = tap(f"features.{place}", relu(x))
+            if i < depth - 1:
+                x = tap(f"features.{place}", relu(x))
+            else:
+                seen = tap.at(f"features.{place}")
+                x = activate_and_pool(F.relu, max_pool2d, x, 2, 2, tap=seen)
             place += 1
-        x = tap(f"features.{place}", max_pool2d(x, 2, 2))
+        x = tap(f"features.{place}", x)
         place += 1
     x = tap("avgpool", adaptive_avg_pool2d(tap("features", x), POOLED))
     x = rearrange(x, "batch channels height width -> batch (channels height width)")
