@@ -258,8 +258,10 @@ def computes_channels_last(recorded: Recorded) -> bool:
     return bool(values > weights)
 
 
-def convolution_weights(recorded: Recorded) -> set[torch.Size]:
-    """The shapes of the inputs that 2-d convolutions on a CPU have as weights."""
+def channels_last_weights(recorded: Recorded) -> set[torch.Size]:
+    """The shapes of the inputs that are weights of convolutions computed with channels last."""
+    if not computes_channels_last(recorded):
+        return set()
     inputs = {node for node in recorded.graph.graph.nodes if node.op == "placeholder"}
     shapes = set()
     for node in _cpu_convolutions(recorded):
@@ -283,7 +285,7 @@ def _cpu_convolutions(recorded: Recorded) -> Iterator[Any]:
 def compile_graph(recorded: Recorded, backend: str | Callable[..., Any]) -> Callable[..., Any]:
     """Hands a graph to a backend of torch.compile (a name or a function) as Dynamo would."""
     options: dict[str, Any] = {}
-    if backend == "inductor" and any(_cpu_convolutions(recorded)):
+    if backend == "inductor" and (recorded.ragged or any(_cpu_convolutions(recorded))):
         options["config_patches"] = {"layout_optimization": computes_channels_last(recorded)}
     with torch._guards.tracing(torch._guards.TracingContext(recorded.mode)):
         return lookup_backend(backend)(recorded.graph, recorded.inputs, **options)

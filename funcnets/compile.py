@@ -160,8 +160,7 @@ class Compiled:
         recorded, outputs = _record(self._f, leaves, structure, tensors, donated, ragged)
         # Where convolutions are computed with channels last, what else of their weights' shapes is
         # given away, moments and all, is better laid out so once than in each step.
-        laid_out_so = self._backend == "inductor" and _torch.computes_channels_last(recorded)
-        shapes = _torch.convolution_weights(recorded) if laid_out_so else ()
+        shapes = _torch.channels_last_weights(recorded) if self._backend == "inductor" else ()
         moved = {place for place in donated if tensors[place].shape in shapes}
         laid_out = _channels_last(tensors, moved)
         if any(one is not other for one, other in zip(laid_out, tensors, strict=True)):

@@ -436,15 +436,33 @@ def test_convolutions_are_compiled_with_channels_last_where_weights_are_few_and_
             with pytest.raises(RuntimeError, match="donated"):
                 held[0]["conv"].sum()
             for part in found:
-                layout = torch.channels_last if last else torch.contiguous_format
-                assert part["conv"].is_contiguous(memory_format=layout)
+                if last:
+                    assert part["conv"].is_contiguous(memory_format=torch.channels_last)
+                else:
+                    assert part["conv"].is_contiguous()
                 assert part["table"].is_contiguous()
             assert_trees_close(found, once)
             assert_trees_close(compiled(*found, x), twice)
+        assert len(options_given) == 1
         assert options_given == [{"config_patches": {"layout_optimization": last}}]
         kept = begin()
         assert_trees_close(compile(conv_step)(*kept, x), once)  # nothing given, nothing moved
         assert kept[0]["conv"].is_contiguous()
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+def test_batches_of_unknown_size_are_compiled_in_the_layout_they_have(ragged, monkeypatch):
+    """Whatever is in the graph, for not 2-d convolutions on a CPU alone are laid out anew."""
+    given = []
+
+    def uncompiled(graph, inputs, **options):
+        given.append(options)
+        return graph
+
+    monkeypatch.setattr(_torch, "lookup_backend", lambda backend: uncompiled)
+    recorded = _torch.trace(torch.sin, [torch.ones(2)])._replace(ragged=ragged)
+    _torch.compile_graph(recorded, "inductor")
+    assert given == [{"config_patches": {"layout_optimization": False}} if ragged else {}]
 
 
 def test_what_schedules_say_is_computed_once_in_a_graph(monkeypatch):

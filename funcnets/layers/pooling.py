@@ -49,6 +49,8 @@ __all__ = [
     "max_pool3d",
 ]
 
+_OF_THE_LARGEST = frozenset({max_pool1d, max_pool2d, max_pool3d})
+
 
 def global_avg_pool(
     x: Float[Tensor, "batch channels *spatial"],
@@ -99,6 +101,3 @@ def activate_and_pool(
         return activate_fresh(activation, pool(x, *window))
     x = activation(x)
     return pool(x if tap is None else tap(x), *window)
-
-
-_OF_THE_LARGEST = frozenset({max_pool1d, max_pool2d, max_pool3d})

@@ -181,11 +181,13 @@ def forward(
             if config.norm is not None:
                 x, new = blocks.norm(layer["1"], x, config.norm, train=train, groups=config.groups)
                 found[str(i)] = {"1": new}
-            if config.pool is not None and i == config.depth - 1:
-                pool = POOLS[config.pool, config.dims]
+            if config.pool == "max" and i == config.depth - 1:
+                pool = POOLS["max", config.dims]
                 x = activate_and_pool(nonlinear, pool, x, 2, tap=tap.at(name))
             else:
                 x = tap(name, activate_fresh(nonlinear, x))
+        if config.pool == "avg":
+            x = POOLS["avg", config.dims](x, 2)
         if keys is not None:
             x = channel_dropout(keys[block], x, config.dropout)
         x = tap(f"features.{block}", x)

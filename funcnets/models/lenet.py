@@ -12,14 +12,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from funcnets import layers, random
-from funcnets.layers import (
-    activate_and_pool,
-    activation,
-    conv,
-    init_conv,
-    init_linear,
-    linear,
-)
+from funcnets.layers import activate_and_pool, activation, conv, init_conv, init_linear, linear
 from funcnets.model import Model, bind
 from funcnets.models import blocks
 from funcnets.taps import Taps, TapsLike
