@@ -397,6 +397,20 @@ def global_pool(draw: Any, kind: str) -> Case:
 
 
 @st.composite
+def activate_and_pool(draw: Any) -> Case:
+    dims, kind = draw(st.integers(1, 3)), draw(st.sampled_from(sorted(MODULES)))
+    name, module = draw(st.sampled_from([("relu", nn.ReLU), ("gelu", nn.GELU), ("tanh", nn.Tanh)]))
+    pool, pooling = getattr(layers, f"{kind}_pool{dims}d"), getattr(nn, f"{MODULES[kind]}{dims}d")
+    window = draw(st.integers(2, 3)), draw(st.integers(1, 2)), draw(st.integers(0, 1))
+    return Case(
+        no_params,
+        lambda params, x: layers.activate_and_pool(layers.activation(name), pool, x, *window),
+        ((draw(sizes), 2, *space_of(draw, dims, 3)),),
+        lambda: nn.Sequential(module(), pooling(*window)),
+    )
+
+
+@st.composite
 def activation(draw: Any) -> Case:
     name = draw(st.sampled_from(sorted(ACTIVATIONS)))
     return Case(no_params, lambda params, x: layers.activation(name)(x), ((*draw(batches), 2),))
@@ -434,6 +448,7 @@ CASES: dict[str, st.SearchStrategy[Case]] = {
     "adaptive_avg_pool": pool("avg", adaptive=True),
     "global_max_pool": global_pool("max"),
     "global_avg_pool": global_pool("avg"),
+    "activate_and_pool": activate_and_pool(),
     "activation": activation(),
     "glu": gated(layers.glu, nn.GLU),
     "geglu": gated(layers.geglu, None),
