@@ -84,9 +84,9 @@ class Compiled:
         self._donate = _places(f, donate)
         self._static = _places(f, static)
         self._entries: dict[Any, list[_Entry]] = {}
-        self._structures: dict[Any, int] = {}  # of all calls, numbered
+        self._structures: dict[Any, tuple[tree.Template, int]] = {}  # of all calls, numbered
         self._numbers = itertools.count()
-        self._last: tuple[Any, int] = (None, -1)
+        self._last: tuple[tree.Template, int] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The result of the compiled function; it is compiled first where this call is new."""
@@ -95,20 +95,23 @@ class Compiled:
         if self._static:
             args, kwargs = self._wrap_static(args, kwargs)
         # Mostly a call is like the one before.
-        structure, number = self._last
-        leaves = tree.flatten_as(structure, (args, kwargs))
+        known = self._last
+        leaves = known[0].flatten((args, kwargs)) if known else None
         if leaves is None:
             leaves, structure = tree.flatten((args, kwargs))
-            number = -1
+            known = None
         tensors: list[Tensor] = leaves
         constants: tuple[Any, ...] = ()
         if set(map(type, leaves)) != {Tensor}:
             tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
             constants = tuple((type(leaf), leaf) for leaf in leaves if not isinstance(leaf, Tensor))
         try:
-            if number < 0:
-                number = self._structures.setdefault(structure, next(self._numbers))
-                self._last = structure, number
+            if known is None:
+                known = self._structures.get(structure) or self._structures.setdefault(
+                    structure, (tree.Template(structure), next(self._numbers))
+                )
+                self._last = known
+            template, number = known
             key = (number, constants, _ambient())
             entries = self._entries.get(key, ())
         except TypeError:
@@ -130,7 +133,7 @@ class Compiled:
         for entry in entries:
             if entry.signature == signature:
                 return entry.run(tensors)
-        found = self._compile(leaves, structure, tensors, donated)
+        found = self._compile(leaves, template, tensors, donated)
         self._entries.setdefault(key, []).extend(found)
         self._warn_if_many(number)
         return found[0].run(tensors)
@@ -151,20 +154,20 @@ class Compiled:
     def _compile(
         self,
         leaves: list[Any],
-        structure: Any,
+        template: tree.Template,
         tensors: list[Tensor],
         donated: list[int],
         ragged: bool | None = None,
     ) -> list[_Entry]:
         """The entries for these tensors: for them as they are, and as they come back."""
-        recorded, outputs = _record(self._f, leaves, structure, tensors, donated, ragged)
+        recorded, outputs = _record(self._f, leaves, template, tensors, donated, ragged)
         # Where convolutions are computed with channels last, what else of their weights' shapes is
         # given away, moments and all, is better laid out so once than in each step.
         shapes = _torch.channels_last_weights(recorded) if self._backend == "inductor" else ()
         moved = {place for place in donated if tensors[place].shape in shapes}
         laid_out = _channels_last(tensors, moved)
         if any(one is not other for one, other in zip(laid_out, tensors, strict=True)):
-            found = self._compile(leaves, structure, laid_out, donated, ragged)
+            found = self._compile(leaves, template, laid_out, donated, ragged)
             matches, signature = _torch.guard(tensors), _signature(tensors)
             first = found[0]._replace(matches=matches, signature=signature, moved=frozenset(moved))
             return [first, *found]
@@ -188,7 +191,7 @@ class Compiled:
             else:
                 raise
         if compiled is None:  # not everything compiles for batches of any size
-            return self._compile(leaves, structure, tensors, donated, ragged=False)
+            return self._compile(leaves, template, tensors, donated, ragged=False)
         matches, signature = _torch.guard(tensors), _signature(tensors)
         return [_Entry(matches, signature, compiled, outputs, donated, self._name)]
 
@@ -264,7 +267,7 @@ class _Static:
 class _Outputs(NamedTuple):
     """How the result is put together from what the graph returns."""
 
-    structure: Any
+    template: tree.Template
     donors: list[int]  # the tensors of the call whose memory holds a result
     constants: list[Any]  # the leaves that are no tensors
     # Where each leaf stands among the graph's results, the donors and the constants, in a row.
@@ -286,7 +289,7 @@ class _Entry(NamedTuple):
         if self.donated:
             self._check_aliases(given)
         tensors = _channels_last(given, self.moved) if self.moved else given
-        structure, donors, constants, order = self.outputs
+        template, donors, constants, order = self.outputs
         leaves = list(self.compiled(*tensors))
         if donors or constants:  # else all come from the graph, in order
             # A result over donated memory is a new tensor; the old one becomes unusable.
@@ -295,7 +298,7 @@ class _Entry(NamedTuple):
             leaves = list(map(leaves.__getitem__, order))
         for place in self.donated:
             given[place].__class__ = Donated
-        return tree.unflatten(structure, leaves)
+        return template.unflatten(leaves)
 
     def _check_aliases(self, tensors: list[Tensor]) -> None:
         pointers = list(map(Tensor.data_ptr, tensors))
@@ -311,13 +314,13 @@ class _Entry(NamedTuple):
 def _record(
     f: Callable[..., Any],
     leaves: list[Any],
-    structure: Any,
+    template: tree.Template,
     tensors: list[Tensor],
     donated: list[int],
     ragged: bool | None,
 ) -> tuple[_torch.Recorded, _Outputs]:
     """Records f for these arguments, with the results written over the donated tensors."""
-    outputs = _Outputs(None, [], [], [])
+    outputs = _Outputs(template, [], [], [])
 
     def flat(*traced: Tensor) -> list[Tensor]:
         nonlocal outputs
@@ -330,8 +333,8 @@ def _record(
             else leaf
             for leaf in leaves
         ]
-        args, kwargs = tree.unflatten(structure, given)
-        results, result_structure = tree.flatten(f(*args, **kwargs))
+        args, kwargs = template.unflatten(given)
+        results, structure = tree.flatten(f(*args, **kwargs))
         donors = _donors(results, traced, donated)
         donor_storages = {traced[place].untyped_storage()._cdata for place in donated}
         returned: dict[int, Tensor] = {}
@@ -352,7 +355,9 @@ def _record(
             target.copy_(source)
         row = [*returned, *donors, *constants]
         order = sorted(range(len(row)), key=row.__getitem__)
-        outputs = _Outputs(result_structure, list(donors.values()), list(constants.values()), order)
+        outputs = _Outputs(
+            tree.Template(structure), list(donors.values()), list(constants.values()), order
+        )
         return list(returned.values())
 
     return _torch.trace(flat, tensors, ragged), outputs

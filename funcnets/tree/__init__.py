@@ -10,10 +10,10 @@ from funcnets.tree.convert import (
 )
 from funcnets.tree.flatten import (
     Structure,
+    Template,
     describe,
     entries,
     flatten,
-    flatten_as,
     join,
     leaves,
     leaves_with_path,
@@ -28,6 +28,7 @@ __all__ = [
     "Differences",
     "Spec",
     "Structure",
+    "Template",
     "cast",
     "check",
     "compare",
@@ -36,7 +37,6 @@ __all__ = [
     "ema",
     "entries",
     "flatten",
-    "flatten_as",
     "from_module",
     "from_state_dict",
     "global_norm",

@@ -10,6 +10,7 @@ two trees differ.
 from __future__ import annotations
 
 import builtins
+import operator
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeAlias
@@ -49,17 +50,6 @@ def flatten(tree: Any) -> tuple[list[Any], Structure | None]:
     return leaves, _flatten(tree, leaves)
 
 
-def flatten_as(structure: Structure | None, tree: Any) -> list[Any] | None:
-    """The leaves of a tree of this structure, None for any other; sooner than by `flatten`.
-
-    >>> structure = flatten({"a": 1, "b": (2, None)})[1]
-    >>> flatten_as(structure, {"a": 3, "b": (4, None)})
-    [3, 4]
-    """
-    leaves: list[Any] = []
-    return leaves if _flatten_as(structure, tree, leaves) else None
-
-
 def unflatten(structure: Structure | None, leaves: list[Any]) -> Any:
     """The tree of this structure that holds these leaves; the inverse of `flatten`.
 
@@ -67,10 +57,7 @@ def unflatten(structure: Structure | None, leaves: list[Any]) -> Any:
     ``[]`` otherwise.
     """
     rest = iter(leaves)
-    # Where all leaves are tensors, no TensorDict has to become a dict.
-    build: Callable[[dict[str, Any], torch.Size], Any] = _tensordict
-    if _TENSOR.issuperset(builtins.map(type, leaves)):
-        build = tensordict if torch.compiler.is_compiling() else _made
+    build = _builder(leaves)
     try:
         tree = next(rest) if structure is None else _unflatten(structure, rest, build)
     except StopIteration:
@@ -78,6 +65,78 @@ def unflatten(structure: Structure | None, leaves: list[Any]) -> Any:
     if (extra := sum(1 for _ in rest)) > 0:
         raise ValueError(f"unflatten: {extra} more leaves than the structure has places")
     return tree
+
+
+class Template:
+    """Reads and builds the trees of one structure, in half the time of `flatten` and `unflatten`.
+
+    >>> template = Template(flatten({"a": 1, "b": (2, None)})[1])
+    >>> template.flatten({"a": 3, "b": (4, None)})
+    [3, 4]
+    >>> template.unflatten([5, 6])
+    {'a': 5, 'b': (6, None)}
+    """
+
+    def __init__(self, structure: Structure | None) -> None:
+        # Inner nodes, those nearer to the root first: where their parent stands among them, their
+        # name in it, kind, meta and keys. Place 0 is for a row of the root alone.
+        self._nodes: list[tuple[int, Any, Any, Any, tuple[Any, ...]]] = []
+        self._owners: list[int] = []  # of each leaf
+        self._names: list[Any] = []
+        self._empty: list[dict[Any, Any]] = [{0: None}]
+        self._add(structure, 0, 0)
+
+    def flatten(self, tree: Any) -> list[Any] | None:
+        """The leaves of a tree of this structure, from left to right; None for any other tree."""
+        held: list[Any] = [(tree,)]  # what each node holds, by name
+        for parent, name, kind, meta, keys in self._nodes:
+            node = held[parent][name]
+            if type(node) is not kind:
+                return None
+            if kind is TensorDict:
+                inner = node._tensordict  # as in `entries`
+                if tuple(inner) != keys or node._batch_size != meta:
+                    return None
+                held.append(inner)
+            else:
+                found, children, context = _children(node) or ((), [], None)
+                if found != keys or context != meta:
+                    return None
+                held.append(dict(zip(keys, children, strict=True)))
+        owners = builtins.map(held.__getitem__, self._owners)
+        leaves = list(builtins.map(operator.getitem, owners, self._names))
+        if not _TENSOR.issuperset(builtins.map(type, leaves)) and any(
+            _children(leaf) is not None for leaf in leaves
+        ):
+            return None
+        return leaves
+
+    def unflatten(self, leaves: list[Any]) -> Any:
+        """The tree of this structure that holds these leaves, as many as it has places."""
+        build = _builder(leaves)
+        held = list(builtins.map(dict.copy, self._empty))
+        for owner, name, leaf in zip(self._owners, self._names, leaves, strict=True):
+            held[owner][name] = leaf
+        for (parent, name, kind, meta, keys), inner in zip(
+            reversed(self._nodes), reversed(held), strict=False
+        ):
+            held[parent][name] = (
+                build(inner, meta)
+                if kind is TensorDict
+                else _build(kind, meta, keys, list(inner.values()))
+            )
+        return held[0][0]
+
+    def _add(self, structure: Structure | None, parent: int, name: Any) -> None:
+        if structure is None:
+            self._owners.append(parent)
+            self._names.append(name)
+            return
+        self._nodes.append((parent, name, *structure[:3]))
+        self._empty.append(dict.fromkeys(structure.keys))
+        place = len(self._nodes)
+        for key, child in zip(structure.keys, structure.children, strict=True):
+            self._add(child, place, key)
 
 
 def leaves(tree: Any) -> list[Any]:
@@ -177,31 +236,6 @@ def _flatten(tree: Any, leaves: list[Any]) -> Structure | None:
     return Structure(kind, meta, keys, tuple([_flatten(child, leaves) for child in children]))
 
 
-def _flatten_as(structure: Structure | None, tree: Any, leaves: list[Any]) -> bool:
-    if structure is None:
-        leaves.append(tree)
-        return type(tree) is torch.Tensor or _children(tree) is None
-    kind, meta, keys, places = structure
-    if type(tree) is not kind:
-        return False
-    if kind is TensorDict:
-        held = tree._tensordict  # as in `entries`
-        if tuple(held) != keys or tree._batch_size != meta:
-            return False
-        children = held.values()
-        if _TENSOR.issuperset(builtins.map(type, children)):
-            leaves.extend(children)
-            return not any(places)
-    else:
-        found, children, context = _children(tree) or ((), [], None)
-        if found != keys or context != meta:
-            return False
-    for place, child in zip(places, children):  # noqa: B905, SIM110 (all() takes longer)
-        if not _flatten_as(place, child, leaves):
-            return False
-    return True
-
-
 def _unflatten(
     structure: Structure, leaves: Iterator[Any], build: Callable[[dict[str, Any], torch.Size], Any]
 ) -> Any:
@@ -254,6 +288,13 @@ def _build(kind: Any, meta: Any, keys: tuple[Any, ...], children: list[Any]) -> 
     if isinstance(meta, _Context):
         return SUPPORTED_NODES[kind].unflatten_fn(children, meta.value)
     return kind(*children)  # a named tuple
+
+
+def _builder(leaves: list[Any]) -> Callable[[dict[str, Any], torch.Size], Any]:
+    """What makes the TensorDicts of a tree with these leaves."""
+    if not _TENSOR.issuperset(builtins.map(type, leaves)):
+        return _tensordict
+    return tensordict if torch.compiler.is_compiling() else _made
 
 
 def _tensordict(named: dict[str, Any], size: torch.Size) -> Any:

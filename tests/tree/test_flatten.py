@@ -38,22 +38,26 @@ def test_unflatten_inverts_flatten(value):
 
 
 @given(ANY, ANY, st.booleans())
-def test_flatten_as_knows_trees_of_the_same_structure(one, other, alike):
+def test_a_template_reads_and_builds_trees_of_its_structure_alone(one, other, alike):
     leaves, structure = tree.flatten(one)
+    template = tree.Template(structure)
+    again, same_structure = tree.flatten(template.unflatten(leaves))
+    assert structure == same_structure
+    assert all(a is b for a, b in zip(leaves, again, strict=True))
     if alike:
         other = tree.unflatten(structure, leaves)
-    found, expected = tree.flatten_as(structure, other), tree.leaves(other)
+    found, expected = template.flatten(other), tree.leaves(other)
     assert (found is None) == (structure != tree.flatten(other)[1])
     assert found is None or all(a is b for a, b in zip(found, expected, strict=True))
 
 
 @given(params(), st.data())
-def test_flatten_as_sees_another_name_order_or_batch_size(tensordict, data):
+def test_a_template_sees_another_name_order_or_batch_size(tensordict, data):
     _, structure = tree.flatten(tensordict)
     other = data.draw(st.sampled_from([TensorDict.copy, backwards, renamed, within_batch]))(
         tensordict
     )
-    found = tree.flatten_as(structure, other)
+    found = tree.Template(structure).flatten(other)
     assert (found is None) == (structure != tree.flatten(other)[1])
 
 
