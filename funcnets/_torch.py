@@ -9,7 +9,7 @@ again.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from torch._C import _functorch
 from torch._C._dynamo.guards import TensorGuards
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.backends.registry import lookup_backend
+from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
 from torch.fx import GraphModule
@@ -61,6 +62,42 @@ def at_most_one_vmap() -> bool:
     if torch.compiler.is_dynamo_compiling() or abstract() or forward_ad._current_level >= 0:
         return False
     return _transforms() in ([], [_functorch.TransformType.Vmap])
+
+
+def unwrapped(tensors: list[Tensor]) -> tuple[list[Tensor], list[int | None]]:
+    """The tensors of all members of the one vmap under way, and where their axes are.
+
+    None for a tensor that all members share, and for all where no vmap is under way.
+    """
+    if not transforming():
+        return tensors, [None] * len(tensors)
+    level = retrieve_current_functorch_interpreter().level()
+    pairs = [_functorch._unwrap_batched(tensor, level) for tensor in tensors]
+    return [tensor for tensor, _ in pairs], [axis for _, axis in pairs]
+
+
+def wrapped(tensors: Iterable[Tensor], axes: Iterable[int | None]) -> list[Tensor]:
+    """The inverse of `unwrapped`: tensors as a member sees them."""
+    if not transforming():
+        return list(tensors)
+    level = retrieve_current_functorch_interpreter().level()
+    return [
+        tensor if axis is None else _functorch._add_batch_dim(tensor, axis, level)
+        for tensor, axis in zip(tensors, axes, strict=True)
+    ]
+
+
+def outside() -> contextlib.AbstractContextManager[Any]:
+    """Around what is done with `unwrapped` tensors: as if no vmap were under way."""
+    if not transforming():
+        return contextlib.nullcontext()
+    return retrieve_current_functorch_interpreter().lower()
+
+
+def members() -> int:
+    """Of the one vmap under way."""
+    interpreter: Any = retrieve_current_functorch_interpreter()
+    return interpreter.batch_size()
 
 
 def _transforms() -> list[Any]:

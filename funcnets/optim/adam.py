@@ -118,12 +118,15 @@ def _adam(
         rate, beta1, beta2, decay = (
             resolve(value, state.step) for value in (learning_rate, *betas, weight_decay)
         )
-        correction1, correction2 = (
-            1.0 - beta ** (state.step + 1).to(torch.float64) for beta in (beta1, beta2)
-        )
-        # Both corrections, and eps to match, as factors of the whole leaf save two passes over it.
-        root = correction2.sqrt()
-        scalars = (-rate * root / correction1, root * eps, 1.0 - beta1, 1.0 - beta2, decay)
+
+        def scalars() -> tuple[Number, ...]:
+            correction1, correction2 = (
+                1.0 - beta ** (state.step + 1).to(torch.float64) for beta in (beta1, beta2)
+            )
+            # Both corrections, and eps to match, as factors of the leaf save two passes over it.
+            root = correction2.sqrt()
+            return -rate * root / correction1, root * eps, 1.0 - beta1, 1.0 - beta2, decay
+
         largest = state.largest if amsgrad else ()
         plain = is_zero(decay) and not is_zero(eps)
 

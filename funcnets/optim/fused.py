@@ -44,55 +44,33 @@ def adam(
         step: how many updates there were before.
         moments: means, squares, and for amsgrad the largest squares before.
     """
-    count, leaves = len(grads), [leaf for column in (grads, *moments) for leaf in column]
-    found = _Adam.apply(rate, *betas, eps, count, step, *leaves)
-    return tuple(list(found[i * count : (i + 1) * count]) for i in range(4))
-
-
-class _Adam(torch.autograd.Function):
-    """Of the results, the updates come first, and then the new moments."""
-
-    @staticmethod
-    def forward(
-        rate: Number, beta1: float, beta2: float, eps: float, count: int, step: Tensor, *old: Tensor
-    ) -> tuple[Tensor, ...]:
+    count, old = len(grads), [leaf for column in (grads, *moments) for leaf in column]
+    if _torch.transforming():
+        numbers = [step, rate] if isinstance(rate, Tensor) else [step]
+        new = _of_members((rate, *betas, eps), count, numbers, old)
+    else:
         new = _results(old, count)
-        _run((rate, beta1, beta2, eps), count, step, list(old[:count]), new)
-        return tuple(new)
+        _run((rate, *betas, eps), count, step, list(grads), new)
+    return tuple(new[i * count : (i + 1) * count] for i in range(4))
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
 
-    @staticmethod
-    def vmap(
-        info: Any,
-        in_dims: Any,
-        rate: Number,
-        beta1: float,
-        beta2: float,
-        eps: float,
-        count: int,
-        step: Tensor,
-        *old: Tensor,
-    ) -> Any:
-        members = info.batch_size
-
-        def of_members(x: Any, dim: int | None) -> Any:
-            if not isinstance(x, Tensor):
-                return x
-            return x.expand(members, *x.shape) if dim is None else x.movedim(dim, 0)
-
-        rate, step = of_members(rate, in_dims[0]), of_members(step, in_dims[5])
-        leaves = [of_members(x, dim) for x, dim in zip(old, in_dims[6:], strict=True)]
-        new = _results(leaves, count)
+def _of_members(scalars: Any, count: int, numbers: Leaves, old: Leaves) -> Leaves:
+    """The results under a vmap. (An autograd Function with a rule for vmap takes 0.5 ms more.)"""
+    members, (given, axes) = _torch.members(), _torch.unwrapped([*numbers, *old])
+    with _torch.outside():
+        given = [
+            tensor.expand(members, *tensor.shape) if axis is None else tensor.movedim(axis, 0)
+            for tensor, axis in zip(given, axes, strict=True)
+        ]
+        (steps, *rates), old = given[: len(numbers)], given[len(numbers) :]
+        new = _results(old, count)
         # Every member's part of a leaf is a tensor of its own to the kernel, with its own count.
-        grads = list(zip(*(leaf.unbind() for leaf in leaves[:count]), strict=True))
-        parts = list(zip(*(leaf.unbind() for leaf in new), strict=True))
+        own_grads = list(zip(*(leaf.unbind() for leaf in old[:count]), strict=True))
+        own_new = list(zip(*(leaf.unbind() for leaf in new), strict=True))
         for i in range(members):
-            own = rate[i] if isinstance(rate, Tensor) else rate
-            _run((own, beta1, beta2, eps), count, step[i], list(grads[i]), list(parts[i]))
-        return tuple(new), (0,) * len(new)
+            rate = rates[0][i] if rates else scalars[0]
+            _run((rate, *scalars[1:]), count, steps[i], list(own_grads[i]), list(own_new[i]))
+    return _torch.wrapped(new, [0] * len(new))
 
 
 def _results(old: Any, count: int) -> Leaves:

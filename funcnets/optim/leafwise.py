@@ -131,7 +131,7 @@ def aligned(label: str, tree: Tree, params: Tree, structure: Structure | None) -
 def leafwise(
     name: str,
     rule: Rule,
-    scalars: Sequence[Number],
+    scalars: Sequence[Number] | Callable[[], Sequence[Number]],
     grads: Tree,
     params: Tree,
     *moments: Tree,
@@ -143,7 +143,8 @@ def leafwise(
     Args:
         name: of the optimizer, for errors.
         scalars: numbers, of which tensors arrive at the rule in the dtype of the leaf: so that a
-            float64 learning rate leaves a float32 parameter of shape [] what it is.
+            float64 learning rate leaves a float32 parameter of shape [] what it is; or a function
+            that computes them, called where the rule is applied.
         moments: state trees like ``params``, or ``()`` for one that the rule does without.
         shapes: those of the moments of a leaf, where they are not its own.
         at_once: ``(grads, *moments)``, as lists of leaves, to the lists of results; or to None,
@@ -162,8 +163,10 @@ def leafwise(
         columns.append(aligned(f"{name}: state", moment, params, structure))
     _check_moments(name, columns[1:], leaves, params, shapes)
 
-    found = None if at_once is None else at_once(*columns)
-    updates, *results = found or _one_by_one(rule, scalars, leaves, columns)
+    if at_once is None or (found := at_once(*columns)) is None:
+        numbers = scalars() if callable(scalars) else scalars
+        found = _one_by_one(rule, numbers, leaves, columns)
+    updates, *results = found
     return unflatten(structure, updates), *(
         () if is_absent(moment) else unflatten(structure, result)
         for moment, result in zip(moments, results, strict=True)
@@ -172,14 +175,14 @@ def leafwise(
 
 def _one_by_one(
     rule: Rule, scalars: Sequence[Number], leaves: Leaves, columns: list[Any]
-) -> Sequence[Any]:
+) -> tuple[Any, ...]:
     rows = []
     last: Tensor | None = None
     for leaf, grad, *rest in zip(leaves, *columns, strict=True):
         if last is None or leaf.dtype is not last.dtype or leaf.device != last.device:
             last, cast = leaf, [_once_as_leaf(scalar, leaf) for scalar in scalars]
         rows.append(rule(cast, grad, leaf, *rest))
-    return [list(column) for column in zip(*rows, strict=True)] or columns
+    return tuple(list(column) for column in zip(*rows, strict=True)) or tuple(columns)
 
 
 def as_leaf(scalar: Number, leaf: Tensor) -> Number:
