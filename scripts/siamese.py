@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+import scribbles
 import torch
 import torch.nn.functional as F
 from einops import einsum, rearrange, reduce, repeat
@@ -36,7 +38,7 @@ from funcnets import data, layers, losses, metrics, models, optim, random, train
 
 SETS = ("small1", "small2")
 SIZE, WIDTH, CHANNELS = 48, 32, 64
-GROUPS, PAIRED, HALVED, SAMPLES, TEMPERATURE = (8, 8) + 8 * (1,), 2, 1, 4, 1 / 16
+GROUPS, PAIRED, HALVED, MADE_UP, SAMPLES, TEMPERATURE = (8, 8) + 8 * (1,), 2, 1, 2, 4, 1 / 16
 PLACES, STRIDES = SIZE // 8, {"layer1": 2, "layer2": 2, "layer3": 1}  # an embedding is a map
 STIFFNESS = 0.15  # the price of holding a place against its neighbour
 
@@ -96,16 +98,18 @@ def similarities(one: Tensor, other: Tensor) -> Tensor:
 
 def _stretched(one: Tensor, other: Tensor) -> Tensor:
     size = {"h": PLACES, "w": PLACES, "c": CHANNELS}
-    a = rearrange(one, "m (views h w c) -> (views h w) m c", **size)
-    maps = rearrange(other, "n (views h w c) -> n views h w c", **size)
-    maps = F.pad(maps, (0, 0, 1, 1, 1, 1))
+    at = rearrange(one, "m (views h w c) -> views h w m c", **size)
+    maps = rearrange(other, "n (views h w c) -> n c views h w", **size)
+    maps = rearrange(F.pad(maps, (1, 1, 1, 1)), "n c views h w -> views h w c n").contiguous()
+    price = STIFFNESS / math.prod(at.shape[:3])
     moves = [(down, right) for down in range(3) for right in range(3)]
-    near = [maps[:, :, y : y + PLACES, x : x + PLACES] for y, x in moves]
-    b = rearrange(torch.stack(near), "moves n views h w c -> (views h w) c (moves n)")
-    found = rearrange(a @ b, "places m (moves n) -> places m moves n", moves=len(moves))
-    far = torch.tensor([(y - 1) ** 2 + (x - 1) ** 2 for y, x in moves]) * (STIFFNESS / len(a))
-    best = (found - rearrange(far.to(found.dtype), "moves -> moves 1")).max(2).values
-    return reduce(best.float(), "places m n -> m n", "sum")
+    near = (maps[:, y : y + PLACES, x : x + PLACES] for y, x in moves)
+    found = [
+        at @ there - price * ((y - 1) ** 2 + (x - 1) ** 2)
+        for (y, x), there in zip(moves, near, strict=True)
+    ]
+    best = functools.reduce(torch.maximum, found)
+    return reduce(best.float(), "views h w m n -> m n", "sum")
 
 
 model = models.siamese(funcnets.Model(init_encoder, encode), normalize=True)
@@ -163,6 +167,10 @@ def drawings_of(ink: Tensor) -> Drawings:
 AXIS = (torch.arange(SIZE) + 0.5) * 2 / SIZE - 1
 GRID = torch.stack(torch.meshgrid(AXIS, AXIS, indexing="xy"), -1)  # [SIZE, SIZE, 2]
 
+# From 5 knots to all rows or columns, bicubic: a matrix [SIZE, 5].
+KNOTS = rearrange(torch.eye(5), "columns y -> 1 columns y 1")
+BETWEEN = F.interpolate(KNOTS, (SIZE, 1), mode="bicubic", align_corners=True)[0, :, :, 0].T
+
 
 def look(drawings: Drawings, matrix: Tensor, bent: Tensor | float = 0.0) -> Tensor:
     """Views [n, 1, SIZE, SIZE] of the drawings under linear maps [n, 2, 2] of a (bent) grid."""
@@ -196,9 +204,9 @@ def redraw(
     maps, shift, bend = random.split(key, 3).unbind()
     n = len(matrix)
     knots = 0.06 * random.normal(bend, (n, 2, 5, 5))
-    bent = F.interpolate(knots, (SIZE, SIZE), mode="bicubic", align_corners=True)
+    bent = einsum(BETWEEN, BETWEEN, knots, "h y, w x, n j y x -> n h w j")
     shift = 0.08 * random.normal(shift, (n, 2)) - offset
-    bent = rearrange(bent, "n j h w -> n h w j") + rearrange(shift, "n j -> n 1 1 j")
+    bent = bent + rearrange(shift, "n j -> n 1 1 j")
     matrix = matrix @ linear_maps(maps, n, math.radians(15), 0.2, 0.2)
     return look(drawings, matrix / rearrange(size, "n j -> n 1 j"), bent)
 
@@ -288,12 +296,25 @@ def make_batches(known: data.Omniglot) -> Callable[[random.Key], Batch]:
     return batch
 
 
+def made_up(key: random.Key) -> Tensor:
+    """Views of groups of four characters that are in no alphabet."""
+    scribble_key, map_key, redraw_key = random.split(key, 3).unbind()
+    ink = scribbles.scribbles(scribble_key, MADE_UP, 4, SAMPLES)
+    none, whole = torch.zeros(len(ink), 2), torch.ones(len(ink), 2)
+    maps = linear_maps(map_key, MADE_UP, 0.0, 0.25, 0.25)
+    maps = repeat(maps, "groups i j -> (groups drawings) i j", drawings=4 * SAMPLES)
+    return redraw(redraw_key, Drawings(ink, none, whole), maps, whole, none)
+
+
 def make_views(known: data.Omniglot) -> Callable[[random.Key], tuple[Tensor, Tensor]]:
-    """``views(key)``: a batch as drawn by other hands, [batch, 1, SIZE, SIZE], and its labels."""
+    """``views(key)``: a batch as drawn by other hands, [batch, 1, SIZE, SIZE], and its labels.
+
+    Last come characters that are made up (`scribbles`), for variety.
+    """
     drawings, batches = drawings_of(known.images), make_batches(known)
 
     def views(key: random.Key) -> tuple[Tensor, Tensor]:
-        batch_key, redraw_key, line_key = random.split(key, 3).unbind()
+        batch_key, redraw_key, line_key, made_up_key = random.split(key, 4).unbind()
         places, *placing, cut, labels = batches(batch_key)
         parts = drawings.at(rearrange(places, "p s -> (p s)"))
         placed = (repeat(column, "p ... -> (p s) ...", s=SAMPLES) for column in placing)
@@ -302,7 +323,8 @@ def make_views(known: data.Omniglot) -> Callable[[random.Key], tuple[Tensor, Ten
         alone, first, second = seen.split([len(seen) - 2 * count, count, count])
         cut = repeat(cut, "pairs j -> (pairs s) j", s=SAMPLES)
         shift = 0.08 * random.normal(line_key, (count,))
-        seen = torch.cat([alone, join(first, second, cut, shift)])
+        seen = torch.cat([alone, join(first, second, cut, shift), made_up(made_up_key)])
+        labels = torch.cat([labels, labels.max() + 1 + torch.arange(4 * MADE_UP)])
         return seen, repeat(labels, "classes -> (classes s)", s=SAMPLES)
 
     return views
@@ -310,8 +332,7 @@ def make_views(known: data.Omniglot) -> Callable[[random.Key], tuple[Tensor, Ten
 
 def loss(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss; and for how many the nearest of the batch, by cosine, is of their class."""
-    with torch.autocast(embeddings.device.type, torch.bfloat16):
-        value = losses.supervised_contrastive(embeddings, labels, TEMPERATURE, similarities)
+    value = losses.supervised_contrastive(embeddings.bfloat16(), labels, TEMPERATURE, similarities)
     near = embeddings.detach()
     nearest = (near @ near.mT).fill_diagonal_(-1.0).argmax(1)
     accuracy = (labels[nearest] == labels).float().mean()
@@ -344,16 +365,19 @@ def is_block_matrix(path: tuple[str, ...], leaf: Tensor) -> bool:
     return leaf.ndim == 2 and any(name.startswith("layer") for name in path)
 
 
-def train(known: data.Omniglot, steps: int, seed: int) -> tuple[TensorDict, np.ndarray]:
+def train(
+    known: data.Omniglot, steps: int, seed: int, compiled: bool
+) -> tuple[TensorDict, np.ndarray]:
     """The averaged parameters, and loss and accuracy of each batch, [steps, 2]."""
     init_key, step_key = random.split(random.key(seed)).unbind()
     views = make_views(known)
     step = training.make_step(
         model, loss, make_optimizer(steps), average=training.ema(0.99), nonfinite=None
     )
+    state = step.init(model.init(init_key), step_key)
     state, history = training.fit(
-        step,
-        step.init(model.init(init_key), step_key),
+        funcnets.compile(step, donate="state") if compiled else step,
+        state,
         (views(random.fold_in(step_key, i)) for i in range(steps)),
         steps=steps,
         every=1,
@@ -489,8 +513,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, default=Path("outputs/omniglot"), help="of the zips")
     parser.add_argument("--train-set", choices=SETS, default="small1")
-    parser.add_argument("--steps", type=int, default=5500, help="of training")
+    parser.add_argument("--steps", type=int, default=7500, help="of training")
     parser.add_argument("--runs", type=int, default=400, help="of the test, for each alphabet")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("outputs/siamese"))
     parser.add_argument("--embed", type=Path, help="a folder of images to embed instead")
@@ -507,7 +532,7 @@ def main() -> None:
     known = read(flags.data, flags.train_set)
     other = read(flags.data, SETS[1 - SETS.index(flags.train_set)])
     begin = time.perf_counter()
-    params, curve = train(known, flags.steps, flags.seed)
+    params, curve = train(known, flags.steps, flags.seed, flags.compile)
     minutes = (time.perf_counter() - begin) / 60
     flags.output.mkdir(parents=True, exist_ok=True)
     record = {"train_set": flags.train_set, "steps": flags.steps, "seed": flags.seed}

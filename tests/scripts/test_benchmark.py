@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
-
 
 @pytest.fixture(scope="module")
 def script():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(SCRIPTS))
-        import benchmark
+    import benchmark
 
-        yield benchmark
+    return benchmark
 
 
 def test_quick_rows_end_in_a_table_a_file_and_a_figure(script, tmp_path, capsys):

@@ -36,7 +36,7 @@ def test_a_few_steps_and_what_is_saved(script, tmp_path, monkeypatch, capsys):
         return capsys.readouterr().out
 
     flags = ["--data", f"{DATA}/omniglot", "--train-set", "small2", "--steps", "2", "--runs", "3"]
-    printed = run(*flags)
+    printed = run(*flags, "--no-compile")
     for alphabet in ("Balinese", "Early_Aramaic", "Korean", "all"):
         assert alphabet in printed
     for known in ("Greek", "Latin", "Sanskrit"):
@@ -176,12 +176,17 @@ def test_views_of_pairs_hold_the_ink_of_both(script):
     some = known.characters < 60
     known = data.Omniglot(*(x[some] for x in known[:4]), known.character_names[:60], known[5])
     views, labels = script.make_views(known)(random.key(0))
-    classes = sum(script.GROUPS) + 4 * script.PAIRED
+    classes = sum(script.GROUPS) + 4 * script.PAIRED + 4 * script.MADE_UP
     assert views.shape == (classes * script.SAMPLES, 1, script.SIZE, script.SIZE)
     assert torch.equal(labels[:: script.SAMPLES], labels[script.SAMPLES - 1 :: script.SAMPLES])
     ink = views.mean((1, 2, 3))
     plain = sum(script.GROUPS) * script.SAMPLES
-    assert ink[plain:].mean() > 1.1 * ink[:plain].mean()
+    paired = plain + 4 * script.PAIRED * script.SAMPLES
+    assert ink[plain:paired].mean() > 1.1 * ink[:plain].mean()
+    assert len(labels.unique()) >= 4 * (script.PAIRED + script.MADE_UP)
+    made_up = labels[paired:]
+    assert len(made_up.unique()) == 4 * script.MADE_UP
+    assert made_up.min() > labels[:paired].max()
 
 
 def test_convolutions_are_matrices_to_the_optimizer(script):
