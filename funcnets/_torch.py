@@ -9,7 +9,7 @@ again.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -64,40 +64,24 @@ def at_most_one_vmap() -> bool:
     return _transforms() in ([], [_functorch.TransformType.Vmap])
 
 
-def unwrapped(tensors: list[Tensor]) -> tuple[list[Tensor], list[int | None]]:
-    """The tensors of all members of the one vmap under way, and where their axes are.
+def of_all_members(
+    f: Callable[[int, list[Tensor]], list[Tensor]], tensors: list[Tensor]
+) -> list[Tensor]:
+    """Under the one vmap under way: f of the number of members and of the tensors of them all.
 
-    None for a tensor that all members share, and for all where no vmap is under way.
+    The members are the first axis of the tensors, and have to be that of the results. An autograd
+    Function with a rule for vmap does the same, and takes half a millisecond more.
     """
-    if not transforming():
-        return tensors, [None] * len(tensors)
-    level = retrieve_current_functorch_interpreter().level()
-    pairs = [_functorch._unwrap_batched(tensor, level) for tensor in tensors]
-    return [tensor for tensor, _ in pairs], [axis for _, axis in pairs]
-
-
-def wrapped(tensors: Iterable[Tensor], axes: Iterable[int | None]) -> list[Tensor]:
-    """The inverse of `unwrapped`: tensors as a member sees them."""
-    if not transforming():
-        return list(tensors)
-    level = retrieve_current_functorch_interpreter().level()
-    return [
-        tensor if axis is None else _functorch._add_batch_dim(tensor, axis, level)
-        for tensor, axis in zip(tensors, axes, strict=True)
-    ]
-
-
-def outside() -> contextlib.AbstractContextManager[Any]:
-    """Around what is done with `unwrapped` tensors: as if no vmap were under way."""
-    if not transforming():
-        return contextlib.nullcontext()
-    return retrieve_current_functorch_interpreter().lower()
-
-
-def members() -> int:
-    """Of the one vmap under way."""
     interpreter: Any = retrieve_current_functorch_interpreter()
-    return interpreter.batch_size()
+    level, members = interpreter.level(), interpreter.batch_size()
+    pairs = [_functorch._unwrap_batched(tensor, level) for tensor in tensors]
+    with interpreter.lower():
+        given = [
+            tensor.expand(members, *tensor.shape) if axis is None else tensor.movedim(axis, 0)
+            for tensor, axis in pairs
+        ]
+        results = f(members, given)
+    return [_functorch._add_batch_dim(result, 0, level) for result in results]
 
 
 def _transforms() -> list[Any]:

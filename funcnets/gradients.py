@@ -8,7 +8,6 @@ here come from ``torch.autograd.grad`` over copies that require grad, as fast as
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -23,10 +22,10 @@ def grad(
 ) -> Callable[..., Any]:
     """The function that computes the gradient of f, as ``torch.func.grad``, but faster eager.
 
-    The same function everywhere: ``grad(grad(f))``, ``jvp`` of it and compiled it is
-    ``torch.func.grad``; so it is where tensors require grad, those that f closes over too, to which
-    the result then stays connected. Otherwise, plainly or under a vmap over the arguments that are
-    differentiated, it takes the time of ``backward()``.
+    The same function everywhere. Under a transform, as in ``vmap(grad(f))`` and ``grad(grad(f))``,
+    and compiled it is ``torch.func.grad``; so it is where other tensors require grad, those that f
+    closes over too, to which the result then stays connected. Otherwise it takes the time of
+    ``backward()``.
 
     Args:
         f: returns a scalar tensor, or with ``has_aux`` a pair of that and any tree.
@@ -79,25 +78,30 @@ def _gradient_and_value(
         return torch.func.grad_and_value(f, argnums, has_aux)(*args, **kwargs)
     given = list(args)
     leaves: list[Tensor] = []
-    for place, (held, axes, structure) in zip(chosen, found, strict=True):
-        with _torch.outside():
-            tracked = [leaf.detach().requires_grad_() for leaf in held]
-        given[place] = tree.unflatten(structure, _torch.wrapped(tracked, axes))
+    structures = []
+    for place, (held, structure) in zip(chosen, found, strict=True):
+        tracked = [leaf.detach().requires_grad_() for leaf in held]
+        given[place] = tree.unflatten(structure, tracked)
         leaves += tracked
+        structures.append((structure, len(tracked)))
     with torch.enable_grad():
         result = f(*given, **kwargs)
     pair = isinstance(result, tuple) and len(result) == 2
     value, aux = result if has_aux and pair else (result, None)
-    total = _total(value)
-    if pair != has_aux or total is None or _depends_on_others([total, aux], leaves):
+    if (
+        pair != has_aux
+        or not isinstance(value, Tensor)
+        or value.ndim
+        or not value.requires_grad
+        or _depends_on_others(result, leaves)
+    ):
         # torch says what is wrong with it, gives zeros where it depends on no argument, and keeps
         # the graph of what else it depends on.
         return torch.func.grad_and_value(f, argnums, has_aux)(*args, **kwargs)
-    with _torch.outside():
-        rest = iter(torch.autograd.grad(total, leaves, materialize_grads=True))
+    rest = iter(torch.autograd.grad(value, leaves, materialize_grads=True))
     gradients = tuple(
-        tree.unflatten(structure, _torch.wrapped(itertools.islice(rest, len(held)), axes))
-        for held, axes, structure in found
+        tree.unflatten(structure, [next(rest) for _ in range(count)])
+        for structure, count in structures
     )
     value, aux = tree.map(_detached, (value, aux))
     return gradients[0] if isinstance(argnums, int) else gradients, (
@@ -107,48 +111,25 @@ def _gradient_and_value(
 
 def _plain(
     args: tuple[Any, ...], kwargs: dict[str, Any], chosen: tuple[int, ...]
-) -> list[tuple[list[Tensor], list[int | None], Any]] | None:
-    """The chosen arguments, where nothing asks for more than the numbers; else None.
-
-    Their leaves (those of all members of a vmap, and where the members' axes are), and structures.
-    """
-    if not _torch.at_most_one_vmap() or not all(0 <= place < len(args) for place in chosen):
+) -> list[tuple[list[Any], Any]] | None:
+    """The chosen arguments, flattened, where nothing asks for more than the numbers; else None."""
+    if _torch.inlining() or not all(0 <= place < len(args) for place in chosen):
         return None
     if len(set(chosen)) < len(chosen):
         return None
-    found = []
-    for place in chosen:
-        leaves, structure = tree.flatten(args[place])
-        if not all(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in leaves):
+    found = [tree.flatten(args[place]) for place in chosen]
+    for leaf in (leaf for held, _ in found for leaf in held):
+        if not isinstance(leaf, Tensor) or not leaf.is_floating_point() or leaf.requires_grad:
             return None
-        leaves, axes = _torch.unwrapped(leaves)
-        # What all members share has a gradient for each of them, which torch.func knows to find.
-        if _torch.transforming() and None in axes:
-            return None
-        found.append((leaves, axes, structure))
     rest = [argument for place, argument in enumerate(args) if place not in chosen]
-    others = [leaf for leaf in tree.leaves((rest, kwargs)) if isinstance(leaf, Tensor)]
-    others, _ = _torch.unwrapped(others)
-    if any(leaf.requires_grad for leaf in itertools.chain(others, *(held for held, *_ in found))):
+    if any(getattr(leaf, "requires_grad", False) for leaf in tree.leaves((rest, kwargs))):
         return None
     return found
 
 
-def _total(value: Any) -> Tensor | None:
-    """A scalar, or the sum of those of all members: each depends on its own leaves alone."""
-    if not isinstance(value, Tensor) or value.ndim:
-        return None
-    (value,), (axis,) = _torch.unwrapped([value])
-    if not value.requires_grad or (axis is None and _torch.transforming()):
-        return None
-    with _torch.outside(), torch.enable_grad():
-        return value if axis is None else value.sum()
-
-
 def _depends_on_others(results: Any, leaves: list[Tensor]) -> bool:
     """Whether the graph of results has tensors that require grad besides the leaves."""
-    found, _ = _torch.unwrapped([x for x in tree.leaves(results) if isinstance(x, Tensor)])
-    found = [tensor for tensor in found if tensor.requires_grad]
+    found = [x for x in tree.leaves(results) if isinstance(x, Tensor) and x.requires_grad]
     own, seen = set(map(id, leaves)), set()
     if any(tensor.is_leaf and id(tensor) not in own for tensor in found):
         return True

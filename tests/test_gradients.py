@@ -113,56 +113,6 @@ def test_transforms_of_it_are_those_of_torchs(transform):
     tree.map(lambda a, b: torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12), *close)
 
 
-def of_members(seed, members=3):
-    """An ensemble's trainable parameters and buffers, and an input for each member."""
-    key = random.key(seed)
-    params = tree.cast(vmap(MODEL.init)(random.split(key, members)), torch.float64)
-    return *tree.partition(params), random.normal(key, (members, 4, 3), dtype=torch.float64)
-
-
-@given(
-    seed=st.integers(0, 99),
-    argnums=st.sampled_from([0, (0,), (0, 2), (2, 0)]),
-    has_aux=st.booleans(),
-    shared=st.booleans(),
-    axis=st.sampled_from([0, 1, -1]),
-)
-def test_a_vmap_over_members_equals_torch_func(seed, argnums, has_aux, shared, axis):
-    params, buffers, x = of_members(seed)
-    shared = shared and argnums in (0, (0,))
-
-    def loss(params, buffers, x):
-        outputs, new = MODEL.apply(tree.merge(params, buffers), x, train=True)
-        return (outputs.square().sum(), (new, outputs)) if has_aux else outputs.square().sum()
-
-    given = params, buffers, x[0] if shared else x.movedim(0, axis)
-    ours, theirs = (
-        vmap(of(loss, argnums, has_aux), (0, 0, None if shared else axis))(*given)
-        for of in (grad_and_value, torch.func.grad_and_value)
-    )
-    tree.map(lambda a, b: torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12), ours, theirs)
-    assert tree.flatten(ours)[1] == tree.flatten(theirs)[1]
-    assert not any(leaf.requires_grad for leaf in tree.leaves(ours))
-
-
-def test_members_have_gradients_without_the_wrappers_of_a_derivative():
-    seen = []
-
-    def probe(params, x):
-        seen.append(torch._C._functorch.is_gradtrackingtensor(params["w"]))
-        return (params["w"] * x).square().sum()
-
-    members = {"w": X}
-    found = vmap(grad(probe), (0, None))(members, X[0])["w"]
-    torch.testing.assert_close(found, 2 * X * X[0].square())
-    # A gradient for each sample with respect to what all share; derivatives; two vmaps.
-    vmap(grad(probe), (None, 0))({"w": X[0]}, X)
-    grad(lambda p: vmap(grad(probe), (0, None))(p, X[0])["w"].sum())(members)
-    jvp(lambda p: vmap(grad(probe), (0, None))(p, X[0])["w"], (members,), (members,))
-    vmap(vmap(grad(probe), (0, None)), (0, None))({"w": X[None]}, X[0])
-    assert seen == [False, True, True, True, True]
-
-
 @pytest.mark.parametrize("aux", ["leaf", "computed"])
 def test_a_second_output_stays_connected(aux):
     w = X[0].clone().requires_grad_()
@@ -175,34 +125,6 @@ def test_a_second_output_stays_connected(aux):
         w.grad = None
         found.sum().backward()
         assert w.grad.any()
-
-
-def test_a_penalty_of_each_members_gradient():
-    def f(of, w, x):
-        return of(lambda x: (w * x.pow(3)).sum())(x).square().sum() + w.sum()
-
-    weights = X + 1
-    ours, theirs = (
-        vmap(of(lambda w, x, of=of: f(of, w, x)))(weights, X) for of in (grad, torch.func.grad)
-    )
-    torch.testing.assert_close(ours, theirs)
-
-
-def test_members_that_require_grad_stay_connected_and_constants_have_none():
-    x, scale = X.clone().requires_grad_(), X[0].clone().requires_grad_()
-    vmap(grad(lambda x: x.pow(3).sum()))(x).sum().backward()
-    torch.testing.assert_close(x.grad, 6 * X)
-    vmap(grad(lambda x, s: (s * x.pow(2)).sum()), (0, None))(X, scale).sum().backward()
-    torch.testing.assert_close(scale.grad, 2 * X.sum(0))
-    assert not vmap(grad(lambda x: X[0].sum()))(X).any()
-    assert not vmap(grad(lambda p: p["a"].sum()))({"a": X, "b": X})["b"].any()
-
-
-def test_a_member_that_is_not_finite_leaves_the_others_alone():
-    broken = torch.where(torch.arange(4)[:, None] == 1, torch.nan, X)
-    gradient = vmap(grad(lambda x: x.exp().sum().log()))
-    assert torch.equal(gradient(broken)[[0, 2, 3]], gradient(X)[[0, 2, 3]])
-    assert gradient(broken)[1].isnan().all()
 
 
 def test_arguments_that_require_grad_stay_connected():

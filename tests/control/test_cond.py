@@ -483,7 +483,8 @@ def test_gradients_reach_whatever_a_branch_closes_over(flag, run):
 def test_a_model_as_a_branch(run):
     model, other = mlp(3, 2, widths=(4,)), mlp(3, 2, widths=(5, 5))
     params = {"a": model.init(random.key(0)), "b": other.init(random.key(1))}
-    x = normal(2, 7, 3, dtype=torch.float32)
+    params = tree.cast(params, torch.float64)
+    x = normal(2, 7, 3)
 
     def loss(params, flag):
         y = cond(
