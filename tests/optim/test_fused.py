@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.func import grad, jvp, vmap
 
-from funcnets import compile, optim, random
+from funcnets import compile, optim, random, tree
 from funcnets.optim import fused
 
 SHAPES = {"matrix": (3, 2), "kernel": (4, 3, 2, 2), "bias": (5,), "number": (), "none": (0, 3)}
@@ -35,9 +35,10 @@ def draw(seed, members, dtype, last=False):
     decay=st.sampled_from([0.0, 0.1]),
     rates=st.sampled_from(["number", "schedule", "each its own"]),
     last=st.booleans(),
+    axis=st.sampled_from([0, -1]),
     seed=st.integers(0, 1000),
 )
-def test_as_the_rule(members, dtype, amsgrad, decay, rates, last, seed):
+def test_as_the_rule(members, dtype, amsgrad, decay, rates, last, axis, seed):
     params = draw(seed, members, dtype)
     each = torch.linspace(0.01, 0.1, members or 1) if members else torch.tensor(0.05)
 
@@ -50,8 +51,12 @@ def test_as_the_rule(members, dtype, amsgrad, decay, rates, last, seed):
             params = optim.apply_updates(params, updates)
         return params, state
 
-    over = run if members is None else vmap(run)
-    arguments = each, params, *(draw(seed + i, members, dtype, last) for i in range(1, 4))
+    grads = [draw(seed + i, members, dtype, last) for i in range(1, 4)]
+    over = run
+    if members is not None:
+        over = vmap(run, (0, 0, axis, axis, axis))
+        grads = tree.map(lambda leaf: leaf.movedim(0, axis), grads)
+    arguments = each, params, *grads
     with mock.patch.object(fused, "serves", return_value=False):
         expected = over(*arguments)
     with mock.patch.object(fused, "adam", wraps=fused.adam) as kernel:

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from tensordict import TensorDict
 
@@ -263,6 +264,14 @@ def test_the_symmetries_are_those_of_the_square(script):
         assert min(distances) < 1e-4
     pairs = [(a - b).abs().max() for i, a in enumerate(views) for b in views[:i]]
     assert min(pairs) > 0.1
+
+
+def test_knots_are_joined_as_torch_does(script):
+    knots = random.normal(random.key(0), (3, 2, 5, 5))
+    size = script.SIZE, script.SIZE
+    expected = F.interpolate(knots, size, mode="bicubic", align_corners=True)
+    found = script.BETWEEN @ knots @ script.BETWEEN.T
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_redrawing_is_a_function_of_the_key_and_keeps_the_drawing(script):

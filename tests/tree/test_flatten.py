@@ -51,6 +51,14 @@ def test_a_template_reads_and_builds_trees_of_its_structure_alone(one, other, al
     assert found is None or all(a is b for a, b in zip(found, expected, strict=True))
 
 
+@pytest.mark.parametrize("other", [None, [], (1,), {"c": 1}, TensorDict({"c": torch.ones(2)})])
+def test_a_template_sees_a_tree_in_place_of_a_leaf(other):
+    template = tree.Template(tree.flatten({"a": 1, "b": torch.ones(2)})[1])
+    assert template.flatten({"a": 1, "b": 2}) == [1, 2]
+    assert template.flatten({"a": other, "b": torch.ones(2)}) is None
+    assert template.flatten({"a": 1, "b": other}) is None
+
+
 @given(params(), st.data())
 def test_a_template_sees_another_name_order_or_batch_size(tensordict, data):
     _, structure = tree.flatten(tensordict)
