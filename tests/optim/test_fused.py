@@ -52,11 +52,10 @@ def test_as_the_rule(members, dtype, amsgrad, decay, rates, last, axis, seed):
         return params, state
 
     grads = [draw(seed + i, members, dtype, last) for i in range(1, 4)]
-    over = run
+    over, arguments = run, (each, params, *grads)
     if members is not None:
         over = vmap(run, (0, 0, axis, axis, axis))
-        grads = tree.map(lambda leaf: leaf.movedim(0, axis), grads)
-    arguments = each, params, *grads
+        arguments = each, params, *tree.map(lambda leaf: leaf.movedim(0, axis), grads)
     with mock.patch.object(fused, "serves", return_value=False):
         expected = over(*arguments)
     with mock.patch.object(fused, "adam", wraps=fused.adam) as kernel:
@@ -64,7 +63,7 @@ def test_as_the_rule(members, dtype, amsgrad, decay, rates, last, axis, seed):
     assert kernel.call_count == 3
     torch.testing.assert_close(found, expected)
     if members:  # to the bit, as the member alone
-        alone = run(each[-1], *({k: v[-1] for k, v in x.items()} for x in arguments[1:]))
+        alone = run(each[-1], *({k: v[-1] for k, v in x.items()} for x in [params, *grads]))
         torch.testing.assert_close(
             {k: v[-1] for k, v in found[0].items()}, alone[0], rtol=0, atol=0
         )

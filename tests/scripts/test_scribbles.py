@@ -64,6 +64,16 @@ def test_ink_of_a_line_is_one_on_it_and_none_far_from_it():
     assert not outside.any()
 
 
+def test_ink_lies_where_its_points_are():
+    side = scribbles.SIDE
+    points = random.uniform(random.key(0), (20, 1, 2), -0.7, 0.7)
+    drawn = scribbles.ink(points, torch.ones(20, 1))[:, 0]
+    pixels = torch.arange(side).float()
+    middles = [(drawn.sum(axis) @ pixels) / drawn.sum((1, 2)) for axis in (1, 2)]
+    expected = (points[:, 0] + 1) * side / 2 - 0.5
+    torch.testing.assert_close(torch.stack(middles, 1), expected, atol=1e-3, rtol=0)
+
+
 @given(seed=st.integers(0, 999), groups=st.integers(1, 2), classes=st.integers(1, 4))
 def test_drawings_fill_their_frame(seed, groups, classes):
     drawn = scribbles.scribbles(random.key(seed), groups, classes, 3)
