@@ -133,6 +133,16 @@ def test_arguments_that_require_grad_stay_connected():
     torch.testing.assert_close(x.grad, 6 * X)
 
 
+def test_a_tensor_closed_over_is_a_constant_where_it_does_not_require_grad():
+    w = torch.ones(3, dtype=torch.float64, requires_grad=True)
+    connected = grad(lambda x: (w * x).square().sum())(X)
+    assert connected.requires_grad
+    torch.testing.assert_close(connected, 2 * X)
+    result = grad(lambda x: (w.detach() * x).square().sum())(X)
+    assert not result.requires_grad
+    torch.testing.assert_close(result, 2 * X)
+
+
 @given(st.booleans(), st.booleans(), st.sampled_from(["leaf", "computed"]))
 def test_what_is_closed_over_stays_connected(over_members, nested, kind):
     """A tensor that requires grad, or one of a gradient around it (a penalty of a gradient)."""

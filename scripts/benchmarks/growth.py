@@ -21,7 +21,7 @@ from benchmarks import ensembles, machine, memory, networks
 from benchmarks.race import Contender, Row, Settings, Workloads
 from funcnets import Model, models, random
 
-LINEAR = 1.1  # what measures as linear: what grows out of a cache takes a little more a number
+LINEAR = 1.05  # what measures as linear
 
 
 class Curve(NamedTuple):
