@@ -18,6 +18,10 @@ from funcnets.tree.convert import without_counters
 from funcnets.tree.flatten import entries
 
 
+def _anything_fits(*inputs: Any) -> None:
+    """What is asked of the inputs of a model without a check."""
+
+
 @dataclass(frozen=True, eq=False)
 class Model:
     """A network as two functions. Anything with these two will do: ``Model(init=..., apply=...)``.
@@ -31,6 +35,8 @@ class Model:
             taps are a mapping, each name may have a function that replaces what flows there.
         family: the module of funcnets.models that can make the model again; None for one's own.
         config: the family's configuration, a frozen dataclass.
+        check: ``check(*inputs)`` raises where an input does not fit, before anything is computed;
+            a model of several inputs asks each of its parts first. Nothing, for one's own.
 
     >>> model = Model(init=lambda key: {"w": random.normal(key)}, apply=lambda p, x: p["w"] * x)
     >>> model.apply({"w": 2}, 3)
@@ -41,6 +47,7 @@ class Model:
     apply: Callable[..., Any]
     family: str | None = None
     config: Any = None
+    check: Callable[..., None] = _anything_fits
 
     def __eq__(self, other: object) -> bool:
         """Models of a family are equal where their configurations are."""
@@ -86,7 +93,13 @@ class Model:
         return pretrained.from_torchvision(self.init, specs_of(self.init), weights, key, fresh)
 
 
-def bind(family: str, config: Any, init: Callable[..., Any], forward: Callable[..., Any]) -> Model:
+def bind(
+    family: str,
+    config: Any,
+    init: Callable[..., Any],
+    forward: Callable[..., Any],
+    check: Callable[..., None] | None = None,
+) -> Model:
     """The model of one configuration of a family.
 
     Its ``apply`` first compares the names and shapes of the parameters with those that ``init``
@@ -97,6 +110,7 @@ def bind(family: str, config: Any, init: Callable[..., Any], forward: Callable[.
         config: the configuration, a frozen dataclass.
         init: ``init(key, config) -> params``.
         forward: ``forward(params, *inputs, config, train=False, key=None, taps=())``.
+        check: ``check(*inputs, config)``, with which forward begins; see `Model`.
     """
 
     def bound_init(key: random.Key) -> Any:
@@ -128,7 +142,8 @@ def bind(family: str, config: Any, init: Callable[..., Any], forward: Callable[.
         apply.__code__.replace(), apply.__globals__, family, apply.__defaults__, apply.__closure__
     )
     own.__kwdefaults__ = apply.__kwdefaults__
-    return Model(init=bound_init, apply=own, family=family, config=config)
+    bound_check = _anything_fits if check is None else functools.partial(check, config=config)
+    return Model(bound_init, own, family, config, bound_check)
 
 
 def parameter_specs(init: Callable[[random.Key], Any]) -> Any:

@@ -155,7 +155,7 @@ def lora(
         outputs, buffers = model.apply(whole, *inputs, train=True, **options)
         return outputs, TensorDict({"base": buffers} if tree.leaves(buffers) else {})
 
-    return Model(init, apply)
+    return Model(init, apply, check=model.check)
 
 
 def _sides(leaf: Tensor) -> tuple[int, int]:

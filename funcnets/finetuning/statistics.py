@@ -33,4 +33,4 @@ def frozen_statistics(model: Model) -> Model:
         outputs = model.apply(params, *inputs, **options)
         return (outputs, TensorDict({})) if train else outputs
 
-    return Model(model.init, apply)
+    return Model(model.init, apply, check=model.check)

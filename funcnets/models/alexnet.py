@@ -91,7 +91,7 @@ def alexnet(
     """
     widths = blocks.check_widths("alexnet", widths)
     config = Config(num_classes, in_channels, widths, hidden, dropout)
-    return bind("alexnet", config, init, forward)
+    return bind("alexnet", config, init, forward, check)
 
 
 def init(key: random.Key, config: Config) -> TensorDict:
@@ -110,6 +110,11 @@ def init(key: random.Key, config: Config) -> TensorDict:
     return TensorDict({"features": features, "classifier": classifier})
 
 
+def check(x: Tensor, config: Config) -> None:
+    """Raises unless x is a batch of images of the channels and of a size that the model takes."""
+    blocks.check_image("alexnet", x, config.in_channels, SMALLEST)
+
+
 def forward(
     params: TensorDict,
     x: Float[Tensor, "batch in_channels height width"],
@@ -120,7 +125,7 @@ def forward(
     taps: TapsLike = (),
 ) -> Any:
     """Logits [batch, num_classes]; in training with buffers, of which there are none."""
-    blocks.check_image("alexnet", x, config.in_channels, SMALLEST)
+    check(x, config)
     keys = blocks.draw_keys("alexnet", key, train and config.dropout > 0, 2)
     tap = Taps("alexnet", taps)
     # The input of each is a place of its own, which a tap may have kept.

@@ -130,7 +130,7 @@ def bert(
         dropout,
         init_std,
     )
-    return bind("bert", config, init, forward)
+    return bind("bert", config, init, forward, check)
 
 
 def init(key: random.Key, config: Config) -> TensorDict:
@@ -180,6 +180,11 @@ def init(key: random.Key, config: Config) -> TensorDict:
         params["head_norm"] = norm()
         params["head_bias"] = torch.zeros(config.vocabulary, device=key.device)
     return TensorDict(params)
+
+
+def check(tokens: Tensor, config: Config) -> None:
+    """Raises unless tokens are integers, and no more than the context."""
+    layer_stack.check_tokens("bert", "tokens", tokens, config.context)
 
 
 def forward(
@@ -295,7 +300,7 @@ def mask_tokens(
 
 
 def _check(tokens: Tensor, padding: Tensor | None, segments: Tensor | None, config: Config) -> None:
-    layer_stack.check_tokens("bert", "tokens", tokens, config.context)
+    check(tokens, config)
     layer_stack.check_padding("bert", "padding", padding, tokens.shape)
     if segments is not None:
         if not config.segments:

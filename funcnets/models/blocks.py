@@ -59,6 +59,14 @@ def num_features(family: str, place: str, model: Model) -> int:
     )
 
 
+def within(place: str, function: Callable[..., Any], *args: Any) -> Any:
+    """``function(*args)``; its ValueErrors begin with the place."""
+    try:
+        return function(*args)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from error
+
+
 def check_sizes(model: str, **sizes: int) -> None:
     """Raises unless every size is a positive integer."""
     for name, size in sizes.items():

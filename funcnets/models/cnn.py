@@ -127,7 +127,7 @@ def cnn(
         pool,
         dropout,
     )
-    return bind("cnn", config, init, forward)
+    return bind("cnn", config, init, forward, check)
 
 
 def init(key: random.Key, config: Config) -> TensorDict:
@@ -158,6 +158,20 @@ def init(key: random.Key, config: Config) -> TensorDict:
     return TensorDict({"features": features, "classifier": classifier})
 
 
+def check(x: Tensor, config: Config) -> None:
+    """Raises unless x is of the shape that the model takes."""
+    smallest = 2 ** len(config.widths) if config.pool else 1
+    if (
+        x.ndim != 2 + config.dims
+        or x.shape[1] != config.in_channels
+        or any(size < smallest for size in x.shape[2:])
+    ):
+        sizes = ", ".join([f"{smallest} or more"] * config.dims)
+        raise ValueError(
+            f"cnn: x: expected [batch, {config.in_channels}, {sizes}], got {list(x.shape)}"
+        )
+
+
 def forward(
     params: TensorDict,
     x: Float[Tensor, "batch in_channels *spatial"],
@@ -168,7 +182,7 @@ def forward(
     taps: TapsLike = (),
 ) -> Any:
     """Logits [batch, num_classes]; in training with the new buffers."""
-    _check_input(x, config)
+    check(x, config)
     keys = blocks.draw_keys("cnn", key, train and config.dropout > 0, len(config.widths))
     tap, nonlinear = Taps("cnn", taps), activation(config.activation)
     features: dict[str, Any] = {}
@@ -193,16 +207,3 @@ def forward(
         x = tap(f"features.{block}", x)
     x = tap("avgpool", layers.global_avg_pool(x))
     return tap.finish(linear(params["classifier"], x), {"features": features}, train)
-
-
-def _check_input(x: Tensor, config: Config) -> None:
-    smallest = 2 ** len(config.widths) if config.pool else 1
-    if (
-        x.ndim != 2 + config.dims
-        or x.shape[1] != config.in_channels
-        or any(size < smallest for size in x.shape[2:])
-    ):
-        sizes = ", ".join([f"{smallest} or more"] * config.dims)
-        raise ValueError(
-            f"cnn: x: expected [batch, {config.in_channels}, {sizes}], got {list(x.shape)}"
-        )

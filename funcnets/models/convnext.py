@@ -93,7 +93,7 @@ def convnext(
     """
     widths = blocks.check_widths("convnext", widths)
     config = Config(tuple(depths), widths, num_classes, in_channels, layer_scale, stochastic_depth)
-    return bind("convnext", config, init, forward)
+    return bind("convnext", config, init, forward, check)
 
 
 def convnext_tiny(num_classes: int = 1000, **options: Any) -> Model:
@@ -159,6 +159,11 @@ def init(key: random.Key, config: Config) -> TensorDict:
     )
 
 
+def check(x: Tensor, config: Config) -> None:
+    """Raises unless x is a batch of images of the channels and of a size that the model takes."""
+    blocks.check_image("convnext", x, config.in_channels, 2 * 2 ** len(config.depths))
+
+
 def forward(
     params: TensorDict,
     x: Float[Tensor, "batch in_channels height width"],
@@ -169,7 +174,7 @@ def forward(
     taps: TapsLike = (),
 ) -> Any:
     """Logits [batch, num_classes]; in training with buffers, of which there are none."""
-    blocks.check_image("convnext", x, config.in_channels, 2 * 2 ** len(config.depths))
+    check(x, config)
     total = sum(config.depths)
     keys = blocks.draw_keys("convnext", key, train and config.stochastic_depth > 0, total)
     tap = Taps("convnext", taps)

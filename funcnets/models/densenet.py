@@ -130,7 +130,7 @@ def densenet(
         stem,
         remat,
     )
-    return bind("densenet", config, init, forward)
+    return bind("densenet", config, init, forward, check)
 
 
 def densenet121(num_classes: int = 1000, **options: Any) -> Model:
@@ -191,6 +191,11 @@ def init(key: random.Key, config: Config) -> TensorDict:
     return TensorDict({"features": features, "classifier": classifier})
 
 
+def check(x: Tensor, config: Config) -> None:
+    """Raises unless x is a batch of images of the channels and of a size that the model takes."""
+    blocks.check_image("densenet", x, config.in_channels, config.smallest())
+
+
 def forward(
     params: TensorDict,
     x: Float[Tensor, "batch in_channels height width"],
@@ -201,7 +206,7 @@ def forward(
     taps: TapsLike = (),
 ) -> Any:
     """Logits [batch, num_classes]; in training with the new buffers."""
-    blocks.check_image("densenet", x, config.in_channels, config.smallest())
+    check(x, config)
     needed = train and config.dropout > 0
     keys = iter(blocks.draw_keys("densenet", key, needed, sum(config.depths)) or ())
     tap, new = Taps("densenet", taps), {}

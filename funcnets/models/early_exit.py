@@ -64,7 +64,8 @@ def early_exit(stages: Sequence[Model], exits: Sequence[Model], threshold: float
     >>> outputs["exit"]
     tensor([0, 0, 0, 0, 0])
     """
-    return bind("early_exit", Config(tuple(stages), tuple(exits), threshold), init, forward)
+    config = Config(tuple(stages), tuple(exits), threshold)
+    return bind("early_exit", config, init, forward, check)
 
 
 def init(key: random.Key, config: Config) -> TensorDict:
@@ -79,6 +80,11 @@ def init(key: random.Key, config: Config) -> TensorDict:
     )
 
 
+def check(x: Any, config: Config) -> None:
+    """Raises unless x is what the first stage takes."""
+    config.stages[0].check(x)
+
+
 def forward(
     params: TensorDict,
     x: Any,
@@ -90,6 +96,7 @@ def forward(
     taps: TapsLike = (),
 ) -> Any:
     """The logits and exits taken; in training the logits of all exits, with the new buffers."""
+    check(x, config)
     tap = Taps("early_exit", taps)
     if not train:
         limit = config.threshold if threshold is None else threshold

@@ -181,7 +181,7 @@ def efficientnet(
         momentum,
         eps,
     )
-    return bind("efficientnet", config, init, forward)
+    return bind("efficientnet", config, init, forward, check)
 
 
 def efficientnet_b0(num_classes: int = 1000, **options: Any) -> Model:
@@ -290,6 +290,11 @@ def init(key: random.Key, config: Config) -> TensorDict:
     return TensorDict({"features": named, "classifier": {"1": head}})
 
 
+def check(x: Tensor, config: Config) -> None:
+    """Raises unless x is a batch of images of the channels and of a size that the model takes."""
+    blocks.check_image("efficientnet", x, config.in_channels)
+
+
 def forward(
     params: TensorDict,
     x: Float[Tensor, "batch in_channels height width"],
@@ -300,7 +305,7 @@ def forward(
     taps: TapsLike = (),
 ) -> Any:
     """Logits [batch, num_classes]; in training with the new buffers."""
-    blocks.check_image("efficientnet", x, config.in_channels)
+    check(x, config)
     depth = config.depth()
     draws = train and (config.dropout > 0 or config.stochastic_depth > 0)
     keys = blocks.draw_keys("efficientnet", key, draws, depth + 1)

@@ -51,7 +51,7 @@ def embedding(num_embeddings: int, embedding_dim: int, *, padding_idx: int | Non
     torch.Size([3, 4])
     """
     config = Config(num_embeddings, embedding_dim, padding_idx)
-    return bind("embedding", config, init, forward)
+    return bind("embedding", config, init, forward, check)
 
 
 def init(key: random.Key, config: Config) -> TensorDict:
@@ -59,6 +59,12 @@ def init(key: random.Key, config: Config) -> TensorDict:
     return init_embedding(
         key, config.num_embeddings, config.embedding_dim, padding_idx=config.padding_idx
     )
+
+
+def check(indices: Tensor, config: Config) -> None:
+    """Raises unless the indices are integers."""
+    if indices.is_floating_point() or indices.is_complex():
+        raise ValueError(f"embedding: x: expected integers, got {indices.dtype}")
 
 
 def forward(
@@ -71,7 +77,6 @@ def forward(
     taps: TapsLike = (),
 ) -> Float[Tensor, "*batch embedding_dim"] | Any:
     """The rows of the indices; in training with no new buffers."""
-    if indices.is_floating_point() or indices.is_complex():
-        raise ValueError(f"embedding: x: expected integers, got {indices.dtype}")
+    check(indices, config)
     rows = layers.embedding(params, indices, padding_idx=config.padding_idx)
     return Taps("embedding", taps).finish(rows, {}, train)

@@ -84,7 +84,7 @@ def gated(
     >>> outputs["outputs"].shape, outputs["gate"].shape
     (torch.Size([5, 2]), torch.Size([5]))
     """
-    return bind("gated", Config(base, shallow, deep, gate, temperature), init, forward)
+    return bind("gated", Config(base, shallow, deep, gate, temperature), init, forward, check)
 
 
 def init(key: random.Key, config: Config) -> TensorDict:
@@ -100,6 +100,11 @@ def init(key: random.Key, config: Config) -> TensorDict:
     return TensorDict(params)
 
 
+def check(x: Any, config: Config) -> None:
+    """Raises unless x is what the base takes."""
+    config.base.check(x)
+
+
 def forward(
     params: TensorDict,
     x: Any,
@@ -111,6 +116,7 @@ def forward(
     taps: TapsLike = (),
 ) -> Any:
     """The outputs, with the gate's probabilities where it decides; in training with buffers."""
+    check(x, config)
     _check(deep, x, config)
     if train and key is None and deep is None and config.gate == "gumbel":
         raise ValueError("gated: key: expected a key (the gate draws in training), got None")

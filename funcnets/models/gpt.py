@@ -155,7 +155,7 @@ def gpt(
         init_std,
         soft_cap,
     )
-    return bind("gpt", config, init, forward)
+    return bind("gpt", config, init, forward, check)
 
 
 def init(key: random.Key, config: Config) -> TensorDict:
@@ -218,6 +218,11 @@ def gpt_cache(
     )
 
 
+def check(tokens: Tensor, config: Config) -> None:
+    """Raises unless tokens are integers, and no more than the context at a time."""
+    layer_stack.check_tokens("gpt", "tokens", tokens, config.context)
+
+
 def forward(
     params: TensorDict,
     tokens: Int[Tensor, "*batch time"],
@@ -230,7 +235,7 @@ def forward(
     taps: TapsLike = (),
 ) -> Any:
     """Logits, or with a cache logits and the new cache; in training with (no) new buffers."""
-    layer_stack.check_tokens("gpt", "tokens", tokens, config.context)
+    check(tokens, config)
     draws = train and config.dropout > 0
     if draws and key is None:
         blocks.draw_keys("gpt", None, True, 1)  # raises

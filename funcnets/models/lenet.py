@@ -108,7 +108,7 @@ def lenet(
         activation,
         pool,
     )
-    return bind("lenet", config, init, forward)
+    return bind("lenet", config, init, forward, check)
 
 
 def init(key: random.Key, config: Config) -> TensorDict:
@@ -125,6 +125,14 @@ def init(key: random.Key, config: Config) -> TensorDict:
     return TensorDict({"features": features, "classifier": classifier})
 
 
+def check(x: Tensor, config: Config) -> None:
+    """Raises unless x is a batch of images of the size that the model is made for."""
+    size = config.size
+    if x.ndim != 4 or tuple(x.shape[1:]) != (config.in_channels, size, size):
+        expected = f"[batch, {config.in_channels}, {size}, {size}]"
+        raise ValueError(f"lenet: x: expected {expected}, got {list(x.shape)}")
+
+
 def forward(
     params: TensorDict,
     x: Float[Tensor, "batch in_channels height width"],
@@ -135,10 +143,7 @@ def forward(
     taps: TapsLike = (),
 ) -> Any:
     """Logits [batch, num_classes]; in training with buffers, of which there are none."""
-    size = config.size
-    if x.ndim != 4 or tuple(x.shape[1:]) != (config.in_channels, size, size):
-        expected = f"[batch, {config.in_channels}, {size}, {size}]"
-        raise ValueError(f"lenet: x: expected {expected}, got {list(x.shape)}")
+    check(x, config)
     tap, nonlinear = Taps("lenet", taps), activation(config.activation)
     features, classifier = params["features"], params["classifier"]
     for i in range(len(config.widths)):

@@ -69,7 +69,7 @@ def mlp(
     """
     widths = blocks.check_widths("mlp", widths)
     config = Config(in_features, out_features, widths, activation, norm, dropout, bias)
-    return bind("mlp", config, init, forward)
+    return bind("mlp", config, init, forward, check)
 
 
 def init(key: random.Key, config: Config) -> TensorDict:
@@ -84,6 +84,14 @@ def init(key: random.Key, config: Config) -> TensorDict:
     return TensorDict(params)
 
 
+def check(x: Tensor, config: Config) -> None:
+    """Raises unless x is of the shape that the model takes."""
+    flat = config.norm == "batch"  # which takes axis 1 for the features, whatever else there is
+    if x.shape[-1:] != (config.in_features,) or (flat and x.ndim != 2):
+        batch = "batch" if flat else "..."
+        raise ValueError(f"mlp: x: expected [{batch}, {config.in_features}], got {list(x.shape)}")
+
+
 def forward(
     params: TensorDict,
     x: Float[Tensor, "*batch in_features"],
@@ -94,7 +102,7 @@ def forward(
     taps: TapsLike = (),
 ) -> Any:
     """Outputs [..., out_features]; in training with the new buffers."""
-    _check_input(x, config)
+    check(x, config)
     depth = len(config.widths)
     keys = blocks.draw_keys("mlp", key, train and config.dropout > 0 and depth > 0, depth)
     tap, buffers = Taps("mlp", taps), {}
@@ -109,10 +117,3 @@ def forward(
             x = dropout(keys[layer], x, config.dropout)
     outputs = linear(params[str(config.place(depth))], x)
     return tap.finish(outputs, buffers, train)
-
-
-def _check_input(x: Tensor, config: Config) -> None:
-    flat = config.norm == "batch"  # which takes axis 1 for the features, whatever else there is
-    if x.shape[-1:] != (config.in_features,) or (flat and x.ndim != 2):
-        batch = "batch" if flat else "..."
-        raise ValueError(f"mlp: x: expected [{batch}, {config.in_features}], got {list(x.shape)}")

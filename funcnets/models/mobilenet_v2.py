@@ -143,7 +143,7 @@ def mobilenet_v2(
         round_nearest,
         dropout,
     )
-    return bind("mobilenet_v2", config, init, forward)
+    return bind("mobilenet_v2", config, init, forward, check)
 
 
 def init(key: random.Key, config: Config) -> TensorDict:
@@ -165,6 +165,11 @@ def init(key: random.Key, config: Config) -> TensorDict:
     return TensorDict({"features": named, "classifier": {"1": head}})
 
 
+def check(x: Tensor, config: Config) -> None:
+    """Raises unless x is a batch of images of the channels and of a size that the model takes."""
+    blocks.check_image("mobilenet_v2", x, config.in_channels)
+
+
 def forward(
     params: TensorDict,
     x: Float[Tensor, "batch in_channels height width"],
@@ -175,7 +180,7 @@ def forward(
     taps: TapsLike = (),
 ) -> Any:
     """Logits [batch, num_classes]; in training with the new buffers."""
-    blocks.check_image("mobilenet_v2", x, config.in_channels)
+    check(x, config)
     keys = blocks.draw_keys("mobilenet_v2", key, train and config.dropout > 0, 1)
     tap, new = Taps("mobilenet_v2", taps), {}
     features = params["features"]

@@ -150,7 +150,7 @@ def mobilenet_v3(
     torch.Size([5, 10])
     """
     config = Config(tuple(blocks), num_classes, in_channels, width, hidden, dropout)
-    return bind("mobilenet_v3", config, init, forward)
+    return bind("mobilenet_v3", config, init, forward, check)
 
 
 def mobilenet_v3_large(
@@ -223,6 +223,11 @@ def init(key: random.Key, config: Config) -> TensorDict:
     )
 
 
+def check(x: Tensor, config: Config) -> None:
+    """Raises unless x is a batch of images of the channels and of a size that the model takes."""
+    blocks.check_image("mobilenet_v3", x, config.in_channels)
+
+
 def forward(
     params: TensorDict,
     x: Float[Tensor, "batch in_channels height width"],
@@ -233,7 +238,7 @@ def forward(
     taps: TapsLike = (),
 ) -> Any:
     """Logits [batch, num_classes]; in training with the new buffers."""
-    blocks.check_image("mobilenet_v3", x, config.in_channels)
+    check(x, config)
     keys = blocks.draw_keys("mobilenet_v3", key, train and config.dropout > 0, 1)
     tap, new = Taps("mobilenet_v3", taps), {}
     features, classifier = params["features"], params["classifier"]

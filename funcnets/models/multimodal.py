@@ -159,7 +159,7 @@ def multimodal(
 
     Raises:
         ValueError: naming the part, where sizes or names do not fit. All that can be told from the
-            inputs' names and masks comes first; each encoder then looks at its own input.
+            inputs, their names and masks, comes first.
 
     >>> from funcnets import models
     >>> model = multimodal(
@@ -183,7 +183,7 @@ def multimodal(
         attention_heads,
         activation,
     )
-    return bind("multimodal", config, init, forward)
+    return bind("multimodal", config, init, forward, check)
 
 
 def init(key: random.Key, config: Config) -> TensorDict:
@@ -222,6 +222,11 @@ def init(key: random.Key, config: Config) -> TensorDict:
             }
         )
     return TensorDict(params)
+
+
+def check(inputs: Any, present: Any = None, *, config: Config) -> None:
+    """Raises unless each input has its name, a mask that fits, and is what its encoder takes."""
+    _check_inputs(inputs, present, config)
 
 
 def forward(
@@ -276,10 +281,8 @@ def _run(
     tap: Taps, place: str, model: Model, params: Any, x: Any, train: bool, key: Any
 ) -> tuple[Any, TensorDict | None]:
     """The outputs and new buffers of a submodel, whose errors say where it stands."""
-    try:
-        return tap.run(place, model, params, x, train=train, key=key)
-    except ValueError as error:
-        raise ValueError(f"multimodal: {place}: {error}") from error
+    run = functools.partial(tap.run, train=train, key=key)
+    return blocks.within(f"multimodal: {place}", run, place, model, params, x)
 
 
 def _fuse(
@@ -388,6 +391,8 @@ def _check_inputs(
                 f"multimodal: present.{name}: expected {list(shape[:1])} or [], "
                 f"got {list(mask.shape)}"
             )
+    for name, x in given.items():
+        blocks.within(f"multimodal: encoders.{name}", config.encoder(name).check, x)
     return given, masks
 
 

@@ -130,7 +130,7 @@ def recurrent(
         forget_bias,
         unroll,
     )
-    return bind("recurrent", config, init, forward)
+    return bind("recurrent", config, init, forward, check)
 
 
 def init(key: random.Key, config: Config) -> TensorDict:
@@ -157,6 +157,11 @@ def init(key: random.Key, config: Config) -> TensorDict:
     return TensorDict(params)
 
 
+def check(x: Tensor, config: Config) -> None:
+    """Raises unless x is a batch of sequences of the features, or of integers."""
+    check_sequence("recurrent", x, config.in_features, config.num_embeddings)
+
+
 def forward(
     params: TensorDict,
     x: Float[Tensor, "batch time in_features"] | Int[Tensor, "batch time"],
@@ -169,7 +174,9 @@ def forward(
     taps: TapsLike = (),
 ) -> Any:
     """The outputs; in training with (no) new buffers."""
-    check_sequence("recurrent", params["rnn", "weight_ih_l0"], x, config.num_embeddings)
+    check(x, config)
+    if config.num_embeddings is None:
+        check_dtype("recurrent", x, params["rnn", "weight_ih_l0"], "weight")
     keys = blocks.draw_keys("recurrent", key, train and config.dropout > 0, 3)
     tap = Taps("recurrent", taps)
     if config.num_embeddings is not None:
@@ -237,7 +244,7 @@ def run(
     return layers.rnn(params, x, state, lengths, nonlinearity=nonlinearity, **options)
 
 
-def check_sequence(family: str, weight: Tensor, x: Tensor, num_embeddings: int | None) -> None:
+def check_sequence(family: str, x: Tensor, features: int, num_embeddings: int | None) -> None:
     """Raises unless x is [batch, time, features], or integers [batch, time] for an embedding."""
     if num_embeddings is not None:
         if x.is_floating_point() or x.is_complex():
@@ -246,10 +253,9 @@ def check_sequence(family: str, weight: Tensor, x: Tensor, num_embeddings: int |
             expected = "[batch, time of at least 1]"
             raise ValueError(f"{family}: x: expected {expected}, got {list(x.shape)}")
         return
-    if x.ndim != 3 or not x.shape[1] or x.shape[2] != weight.shape[1]:
-        expected = f"[batch, time of at least 1, {weight.shape[1]}]"
+    if x.ndim != 3 or not x.shape[1] or x.shape[2] != features:
+        expected = f"[batch, time of at least 1, {features}]"
         raise ValueError(f"{family}: x: expected {expected}, got {list(x.shape)}")
-    check_dtype(family, x, weight, "weight")
 
 
 def _merge(outputs: Tensor, config: Config) -> Tensor:

@@ -128,7 +128,7 @@ def residual_mlp(
         dropout,
         stochastic_depth,
     )
-    return bind("residual_mlp", config, init, forward)
+    return bind("residual_mlp", config, init, forward, check)
 
 
 def init(key: random.Key, config: Config) -> TensorDict:
@@ -158,6 +158,14 @@ def init(key: random.Key, config: Config) -> TensorDict:
     return TensorDict(params)
 
 
+def check(x: Tensor, config: Config) -> None:
+    """Raises unless x has the features that the model takes."""
+    if x.shape[-1:] != (config.in_features,):
+        raise ValueError(
+            f"residual_mlp: x: expected [..., {config.in_features}], got {list(x.shape)}"
+        )
+
+
 def forward(
     params: TensorDict,
     x: Float[Tensor, "*batch in_features"],
@@ -169,7 +177,11 @@ def forward(
     taps: TapsLike = (),
 ) -> Any:
     """The outputs by name, or of one head; in training with (no) new buffers."""
-    _check(x, head, config)
+    check(x, config)
+    names = () if isinstance(config.heads, int) else [name for name, _ in config.heads]
+    if head is not None and head not in names:
+        known = ", ".join(names) or "None (the model has one head, without a name)"
+        raise ValueError(f"residual_mlp: head: expected one of {known}, got {head!r}")
     draws = train and config.depth > 0 and (config.dropout > 0 or config.stochastic_depth > 0)
     if draws and key is None:
         blocks.draw_keys("residual_mlp", None, True, config.depth)  # raises
@@ -239,14 +251,3 @@ def _scanned(stacked: TensorDict, x: Tensor, keys: Tensor | None, config: Config
 
     xs = (stacked, rates) if keys is None else (stacked, rates, keys)
     return scan(turn, x, xs, unroll=False)[0]
-
-
-def _check(x: Tensor, head: str | None, config: Config) -> None:
-    if x.shape[-1:] != (config.in_features,):
-        raise ValueError(
-            f"residual_mlp: x: expected [..., {config.in_features}], got {list(x.shape)}"
-        )
-    names = () if isinstance(config.heads, int) else [name for name, _ in config.heads]
-    if head is not None and head not in names:
-        known = ", ".join(names) or "None (the model has one head, without a name)"
-        raise ValueError(f"residual_mlp: head: expected one of {known}, got {head!r}")

@@ -133,7 +133,7 @@ def resnet(
         squeeze_excitation,
         stochastic_depth,
     )
-    return bind("resnet", config, init, forward)
+    return bind("resnet", config, init, forward, check)
 
 
 def resnet18(num_classes: int = 1000, **options: Any) -> Model:
@@ -226,6 +226,11 @@ def init(key: random.Key, config: Config) -> TensorDict:
     return TensorDict(params)
 
 
+def check(x: Tensor, config: Config) -> None:
+    """Raises unless x is a batch of images of the channels and of a size that the model takes."""
+    blocks.check_image("resnet", x, config.in_channels)
+
+
 def forward(
     params: TensorDict,
     x: Float[Tensor, "batch in_channels height width"],
@@ -236,7 +241,7 @@ def forward(
     taps: TapsLike = (),
 ) -> Any:
     """Logits [batch, num_classes]; in training with the new buffers."""
-    blocks.check_image("resnet", x, config.in_channels)
+    check(x, config)
     depth = sum(config.depths)
     keys = blocks.draw_keys("resnet", key, train and config.stochastic_depth > 0, depth)
     tap, new = Taps("resnet", taps), {}

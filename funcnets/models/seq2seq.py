@@ -388,12 +388,13 @@ def _check(
     """Raises where shapes or dtypes do not fit; the number of outputs."""
     if config.encoder:
         weight = params["encoder", "weight_ih_l0"]
-        check_sequence("seq2seq", weight, x, config.num_embeddings)
+        check_sequence("seq2seq", x, weight.shape[1], config.num_embeddings)
     else:
         weight = params["state", "weight"]
         if x.ndim != 2 or x.shape[1] != weight.shape[1]:
             expected = f"[batch, {weight.shape[1]}]"
             raise ValueError(f"seq2seq: x: expected {expected}, got {list(x.shape)}")
+    if config.num_embeddings is None:
         check_dtype("seq2seq", x, weight, "weight")
     if targets is None:
         count = config.steps if steps is None else steps

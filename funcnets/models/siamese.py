@@ -10,6 +10,7 @@ from tensordict import TensorDict
 from funcnets import random, tree
 from funcnets.layers import finish, normalize
 from funcnets.model import Model, bind
+from funcnets.models import blocks
 from funcnets.taps import Taps, TapsLike
 
 
@@ -51,12 +52,20 @@ def siamese(encoder: Model, *, normalize: bool = False) -> Model:
     >>> left.shape, right.shape
     (torch.Size([5, 2]), torch.Size([3, 2]))
     """
-    return bind("siamese", Config(encoder, normalize), init, forward)
+    return bind("siamese", Config(encoder, normalize), init, forward, check)
 
 
 def init(key: random.Key, config: Config) -> TensorDict:
     """The parameters of the encoder, once."""
     return TensorDict({"encoder": config.encoder.init(key)})
+
+
+def check(*inputs: Any, config: Config) -> None:
+    """Raises unless there are inputs, and each is what the encoder takes."""
+    if not inputs:
+        raise ValueError("siamese: expected at least one input, got none")
+    for i, x in enumerate(inputs):
+        blocks.within(f"siamese: inputs[{i}]", config.encoder.check, x)
 
 
 def forward(
@@ -68,8 +77,7 @@ def forward(
     taps: TapsLike = (),
 ) -> Any:
     """The embedding of one input, or the tuple of those of several; in training with buffers."""
-    if not inputs:
-        raise ValueError("siamese: expected at least one input, got none")
+    check(*inputs, config=config)
     keys = (None,) * len(inputs) if key is None else random.split(key, len(inputs)).unbind()
     shared: Any = params["encoder"]
     buffers: TensorDict | None = None

@@ -167,7 +167,7 @@ def swin(
         stochastic_depth,
         version,
     )
-    return bind("swin", config, init, forward)
+    return bind("swin", config, init, forward, check)
 
 
 def swin_t(num_classes: int = 1000, **options: Any) -> Model:
@@ -243,6 +243,11 @@ def init(key: random.Key, config: Config) -> TensorDict:
     )
 
 
+def check(x: Tensor, config: Config) -> None:
+    """Raises unless x is a batch of images of the channels and of a size that the model takes."""
+    blocks.check_image("swin", x, config.in_channels, config.patch_size)
+
+
 def forward(
     params: TensorDict,
     x: Float[Tensor, "batch in_channels height width"],
@@ -253,7 +258,7 @@ def forward(
     taps: TapsLike = (),
 ) -> Any:
     """Logits [batch, num_classes]; in training with buffers, of which there are none."""
-    blocks.check_image("swin", x, config.in_channels, config.patch_size)
+    check(x, config)
     rates = (config.dropout, config.attention_dropout, config.stochastic_depth)
     keys = blocks.draw_keys("swin", key, train and any(rates), sum(config.depths))
     tap, features = Taps("swin", taps), params["features"]

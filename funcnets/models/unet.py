@@ -110,7 +110,7 @@ def unet(
         activation,
         dropout,
     )
-    return bind("unet", config, init, forward)
+    return bind("unet", config, init, forward, check)
 
 
 def init(key: random.Key, config: Config) -> TensorDict:
@@ -133,6 +133,11 @@ def init(key: random.Key, config: Config) -> TensorDict:
     return TensorDict({**parts, "upsample": enlarge} if enlarge else parts)
 
 
+def check(x: Tensor, config: Config) -> None:
+    """Raises unless x is a batch of images of the channels and of a size that the model takes."""
+    blocks.check_image("unet", x, config.in_channels, smallest=2 ** (len(config.widths) - 1))
+
+
 def forward(
     params: TensorDict,
     x: Float[Tensor, "batch in_channels height width"],
@@ -144,7 +149,7 @@ def forward(
 ) -> Any:
     """Logits [batch, num_classes, height, width]; in training with the new buffers."""
     depth = len(config.widths) - 1
-    blocks.check_image("unet", x, config.in_channels, smallest=2**depth)
+    check(x, config)
     keys = blocks.draw_keys("unet", key, train and config.dropout > 0, 1)
     tap, passed = Taps("unet", taps), []
     down: dict[str, Any] = {}

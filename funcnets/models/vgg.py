@@ -96,7 +96,7 @@ def vgg(
     """
     widths = blocks.check_widths("vgg", widths)
     config = Config(tuple(depths), num_classes, in_channels, widths, batch_norm, hidden, dropout)
-    return bind("vgg", config, init, forward)
+    return bind("vgg", config, init, forward, check)
 
 
 def vgg11(num_classes: int = 1000, **options: Any) -> Model:
@@ -169,6 +169,11 @@ def init(key: random.Key, config: Config) -> TensorDict:
     return TensorDict({"features": features, "classifier": classifier})
 
 
+def check(x: Tensor, config: Config) -> None:
+    """Raises unless x is a batch of images of the channels and of a size that the model takes."""
+    blocks.check_image("vgg", x, config.in_channels, 2 ** len(config.depths))
+
+
 def forward(
     params: TensorDict,
     x: Float[Tensor, "batch in_channels height width"],
@@ -179,7 +184,7 @@ def forward(
     taps: TapsLike = (),
 ) -> Any:
     """Logits [batch, num_classes]; in training with the new buffers."""
-    blocks.check_image("vgg", x, config.in_channels, 2 ** len(config.depths))
+    check(x, config)
     keys = blocks.draw_keys("vgg", key, train and config.dropout > 0, 2)
     tap, new = Taps("vgg", taps), {}
     # The input of each is a place of its own, which a tap may have kept.

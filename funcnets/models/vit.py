@@ -145,7 +145,7 @@ def vit(
         pool,
         representation_size,
     )
-    return bind("vit", config, init, forward)
+    return bind("vit", config, init, forward, check)
 
 
 def vit_b_16(num_classes: int = 1000, *, image_size: int = 224, **options: Any) -> Model:
@@ -247,6 +247,14 @@ def init(key: random.Key, config: Config) -> TensorDict:
     return TensorDict(params)
 
 
+def check(x: Tensor, config: Config) -> None:
+    """Raises unless x is a batch of images of the size that the model is made for."""
+    size = (config.in_channels, config.image_size, config.image_size)
+    if x.ndim != 4 or x.shape[1:] != size:
+        expected = ", ".join(map(str, size))
+        raise ValueError(f"vit: x: expected [batch, {expected}], got {list(x.shape)}")
+
+
 def forward(
     params: TensorDict,
     x: Float[Tensor, "batch in_channels height width"],
@@ -257,10 +265,7 @@ def forward(
     taps: TapsLike = (),
 ) -> Any:
     """Logits [batch, num_classes]; in training with buffers, of which there are none."""
-    size = (config.in_channels, config.image_size, config.image_size)
-    if x.ndim != 4 or x.shape[1:] != size:
-        expected = ", ".join(map(str, size))
-        raise ValueError(f"vit: x: expected [batch, {expected}], got {list(x.shape)}")
+    check(x, config)
     draws = train and (config.dropout > 0 or config.attention_dropout > 0)
     keys = blocks.draw_keys("vit", key, draws, config.depth + 1)
     tap, encoder = Taps("vit", taps), params["encoder"]

@@ -221,6 +221,11 @@ def test_training_compiled_is_training():
     tree.map(torch.testing.assert_close, training.parameters(again), training.parameters(state))
 
 
+def test_inputs_are_checked_as_those_of_the_network():
+    model = MODELS["cnn"][0]
+    assert finetuning.lora(model, where="classifier", rank=1).check == model.check
+
+
 def test_errors_say_what_does_not_fit():
     params = MODELS["cnn"][0].init(random.key(0))
     key = random.key(1)

@@ -62,3 +62,4 @@ def test_taps_and_inference_go_through():
     outputs, taps = STILL.apply(params, x, taps=["avgpool"])
     assert torch.equal(outputs, PLAIN.apply(params, x))
     assert taps["avgpool"].shape == (2, 8)
+    assert STILL.check == PLAIN.check

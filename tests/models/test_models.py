@@ -262,6 +262,26 @@ def test_inputs_of_another_dtype(case):
         case.model.apply(params, *inputs)
 
 
+def misshapen(x):
+    """An input like x that no model takes which takes x."""
+    if isinstance(x, dict):
+        return {name: misshapen(each) for name, each in x.items()}
+    return x[..., None, None] if x.is_floating_point() else x.double()
+
+
+@every_model
+def test_the_check_says_what_apply_says(case, unchecked):
+    params, inputs = case.params(KEY), case.inputs(KEY)
+    case.model.check(*inputs)
+    wrong = [misshapen(x) for x in inputs]
+    with pytest.raises(ValueError, match=r"expected") as said, NoArithmetic():
+        case.model.apply(params, *wrong, key=KEY)
+    if case.model.family in {"seq2seq", "transformer"}:  # which have none
+        return case.model.check(*wrong)
+    with pytest.raises(ValueError, match=re.escape(str(said.value))), NoArithmetic():
+        case.model.check(*wrong)
+
+
 @pytest.mark.parametrize("case", [case for case in CASES.values() if case.draws])
 @pytest.mark.parametrize("shape", [(1, 2), (3,)])
 def test_keys_of_a_wrong_shape(case, shape, unchecked):

@@ -499,8 +499,11 @@ def test_inputs_that_do_not_fit_say_where(unchecked):
     model, params, inputs = example()
     wrong = inputs | {"table": torch.ones(4, 2, dtype=torch.float64)}
     message = r"multimodal: encoders.table: mlp: x: expected \[..., 3\], got \[4, 2\]"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message), NoArithmetic():  # nor that of the image, before
         model.apply(params, wrong)
+    with pytest.raises(ValueError, match=message):
+        model.check(wrong)
+    model.check({"image": inputs["image"], "kind": inputs["kind"]}, {"table": False})
     shorter = inputs | {"kind": inputs["kind"][:3]}
     message = re.escape(
         "encoders.kind: expected outputs [4, 4] (the batch as that of image), got [3, 4]"

@@ -292,8 +292,9 @@ def test_errors(unchecked):
     with pytest.raises(ValueError, match="siamese: expected at least one input, got none"):
         model.apply(params)
     x = torch.ones(4, 2, dtype=DTYPE)
-    message = re.escape("mlp: x: expected [batch, 3], got [4, 2]")
+    fits = torch.ones(4, 3, dtype=DTYPE)
+    message = re.escape("siamese: inputs[1]: mlp: x: expected [batch, 3], got [4, 2]")
     with pytest.raises(ValueError, match=message), NoArithmetic():
-        model.apply(params, x, x)
+        model.apply(params, fits, x)
     with pytest.raises(ValueError, match=r"encoder\.0: missing"), NoArithmetic():
         model.apply(TensorDict({"encoder": params["encoder"].exclude("0")}), x)
