@@ -11,37 +11,46 @@ import math
 import statistics
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import matplotlib.pyplot as plt
 import torch.nn.functional as F
+from torch import nn
 from torch.func import vmap
 
 from benchmarks import ensembles, machine, memory, networks
 from benchmarks.race import Contender, Row, Settings, Workloads
 from funcnets import Model, models, random
+from funcnets.ensembles import chunked
 
 LINEAR = 1.05  # what measures as linear
+
+
+Contenders: TypeAlias = dict[str, Callable[[], Contender]]
 
 
 class Curve(NamedTuple):
     """What is measured at each size."""
 
     sizes: list[int]
-    contenders: Callable[[int], dict[str, Callable[[], Contender]]]
+    contenders: Callable[[int], Contenders]
     work: Callable[[int], int] = lambda size: size  # what time should be linear in
 
 
-def single(model: Model, batch: int, features: int = 64) -> Contender:
-    """An eager step of one network."""
-    x = machine.place(random.normal(random.key(1), (batch, features)))
+def single(model: Model, build: Callable[[], nn.Module], batch: int) -> Contenders:
+    """An eager step of one network, by us and by nn.Module."""
+    x = machine.place(random.normal(random.key(1), (batch, 64)))
     y = machine.place(random.randint(random.key(2), (batch,), 0, 10))
     start, step = networks.pure_step(model, F.cross_entropy)
-    return networks.pure(step, start(networks.copied(model.init(random.key(0)))), x, y)
+    params = model.init(random.key(0))
+    return {
+        "funcnets": lambda: networks.pure(step, start(networks.copied(params)), x, y),
+        "nn.Module": lambda: networks.module(build(), F.cross_entropy, params, x, y),
+    }
 
 
 def together(model: Model, shape: tuple[int, ...]) -> Any:
-    """Eager steps of so many members on one batch: by vmap, and one by one by nn.Module."""
+    """Eager steps of members on one batch: by vmap, in chunks, and one by one by nn.Module."""
     x = machine.place(random.normal(random.key(1), shape))
     y = machine.place(random.randint(random.key(2), shape[:1], 0, 10))
     start, step = networks.pure_step(model, F.cross_entropy)
@@ -49,12 +58,15 @@ def together(model: Model, shape: tuple[int, ...]) -> Any:
     def build() -> Any:
         return networks.mlp(64, 64, 10) if len(shape) == 2 else networks.Conv(1, 16, 32)
 
-    def contenders(members: int) -> dict[str, Callable[[], Contender]]:
+    def contenders(members: int) -> Contenders:
         params = vmap(model.init)(random.split(random.key(0), members))
+
+        def pure(step: Callable[..., Any]) -> Callable[[], Contender]:
+            return lambda: networks.pure(step, vmap(start)(networks.copied(params)), x, y)
+
         return {
-            "funcnets": lambda: networks.pure(
-                vmap(step, (0, None, None)), vmap(start)(networks.copied(params)), x, y
-            ),
+            "funcnets": pure(vmap(step, (0, None, None))),
+            "funcnets, chunk chosen": pure(chunked(step, "auto", (0, None, None))),
             "nn.Module one by one": lambda: ensembles.loop(
                 build, networks.copied(params), x, y, False
             ),
@@ -72,11 +84,15 @@ def curves(quick: bool) -> dict[str, Curve]:
     """All that is measured; quick is short."""
     largest = 4 if quick else 256
 
-    def one(make: Callable[[int], Contender]) -> Any:
-        return lambda size: {"funcnets": lambda: make(size)}
-
     def wide(width: int) -> Model:
         return models.mlp(64, 10, (width, width))
+
+    def deep(depth: int) -> Contenders:
+        model = models.residual_mlp(64, 10, depth=depth)
+        return single(model, lambda: networks.ResidualMLP(64, 10, depth), 32)
+
+    def mlp(width: int, batch: int) -> Contenders:
+        return single(wide(width), lambda: networks.mlp(64, width, width, 10), batch)
 
     return {
         "members, MLP": Curve(doubling(1, largest), together(models.mlp(64, 10, (64,)), (32, 64))),
@@ -84,16 +100,11 @@ def curves(quick: bool) -> dict[str, Curve]:
             doubling(1, largest),
             together(models.cnn(1, 10, (16, 32), norm=None), (16, 1, 16, 16)),
         ),
-        "depth": Curve(
-            doubling(2, 8 if quick else 128),
-            one(lambda depth: single(models.residual_mlp(64, 10, depth=depth), 32)),
-        ),
-        "batch": Curve(
-            doubling(16, 64 if quick else 8192), one(lambda batch: single(wide(256), batch))
-        ),
+        "depth": Curve(doubling(2, 8 if quick else 128), deep),
+        "batch": Curve(doubling(16, 64 if quick else 8192), lambda batch: mlp(256, batch)),
         "parameters": Curve(
             doubling(64, 128 if quick else 2048),
-            one(lambda width: single(wide(width), 64)),
+            lambda width: mlp(width, 64),
             lambda width: networks.count(wide(width).init(random.key(0))),
         ),
     }
@@ -108,7 +119,7 @@ def exponent(sizes: list[int], values: list[float]) -> float:
 
 
 def measure(name: str, settings: Settings) -> list[Row]:
-    """A row for the time and one for the memory, of vmap or of the one network."""
+    """A row for the time and one for the memory, and how the others' grow."""
     curve = curves(settings.quick)[name]
     work = [curve.work(size) for size in curve.sizes]
     times: dict[str, list[float]] = {}
@@ -133,9 +144,11 @@ def measure(name: str, settings: Settings) -> list[Row]:
                 row.contenders[f"{contender}, {size}"] = measured | (
                     {} if what == "memory" else {"low": one, "high": one}
                 )
+            if contender != "funcnets":
+                row.reported[contender] = f"exponent {exponent(work, values):.2f}"
         rows.append(row)
-    if len(times) > 1:
-        rows[0].reported["vmap"] = crossing(curve.sizes, *times.values())
+    if (loop := times.get("nn.Module one by one")) is not None:
+        rows[0].reported["vmap"] = crossing(curve.sizes, times["funcnets"], loop)
     return rows
 
 

@@ -53,6 +53,33 @@ class Conv(nn.Module):
         return self.classifier(self.features(x).mean((2, 3)))
 
 
+class ResidualBlock(nn.Module):
+    """What a block of `funcnets.models.residual_mlp` adds to its input."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.fc1, self.fc2 = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The sum."""
+        return x + self.fc2(F.gelu(self.fc1(self.norm(x))))
+
+
+class ResidualMLP(nn.Module):
+    """`funcnets.models.residual_mlp` with one head."""
+
+    def __init__(self, inputs: int, outputs: int, depth: int, width: int = 128) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Linear(inputs, width), nn.LayerNorm(width)
+        self.blocks = nn.Sequential(*[ResidualBlock(width) for _ in range(depth)])
+        self.heads = nn.Linear(width, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The outputs."""
+        return self.heads(self.norm(self.blocks(self.stem(x))))
+
+
 class Attention(nn.Module):
     """Causal attention over all tokens so far."""
 

@@ -107,6 +107,32 @@ def test_the_exponent_is_that_of_the_larger_sizes(script):
     assert script.growth.exponent(sizes, [5, 5, 5, 64, 256, 1024]) == pytest.approx(2)
 
 
+@pytest.mark.parametrize("name", ["members, MLP", "members, conv net", "depth", "parameters"])
+def test_all_whose_growth_is_measured_make_the_same_step(script, name):
+    with torch.random.fork_rng():
+        made = [build() for build in script.growth.curves(True)[name].contenders(4).values()]
+    results = []
+    for one in made:
+        one.step()
+        results.append(one.result())
+    assert len(results) > 1
+    for other in results[1:]:
+        assert other.keys() == results[0].keys()
+        for key, value in results[0].items():
+            torch.testing.assert_close(other[key], value, rtol=1e-3, atol=1e-5)
+
+
+def test_growth_says_how_everybodys_time_and_memory_grow(script):
+    with torch.random.fork_rng():
+        rows = script.growth.measure("depth", script.Settings(1, True))
+    assert [row.workload for row in rows] == ["time against depth", "memory against depth"]
+    for row in rows:
+        assert row.value is not None
+        assert row.reported["nn.Module"].startswith("exponent ")
+        names = {label.rpartition(",")[0] for label in row.contenders}
+        assert names == {"funcnets", "nn.Module"}
+
+
 def test_what_it_refuses(script, tmp_path, capsys):
     for arguments in (["--only", "nothing"], ["--rounds", "0"]):
         with pytest.raises(SystemExit):
