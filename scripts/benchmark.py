@@ -9,11 +9,12 @@ reported instead of timed. Then each takes its turn once a round, in an order th
 round to round: one step that is not counted and three of which the least counts. The ratio of the
 best of ours to the best rival is taken within each round; the table gives medians over the rounds
 and quartiles, ratios first, and whether the target is reached; beside it the floor, which is what
-the arithmetic of a step would take at the rates this machine was measured to have. What happens
+the arithmetic of a step would take at the rates this machine was measured to have, and which share
+of the rate of a product of matrices the best of ours reaches. What happens
 once in a process, as importing and compiling, has processes of its own, and so has JAX. Where
-there is a GPU, all compute in bfloat16 and channels last. Compiling
-takes most of an hour on two cores; ``--quick`` takes a minute, has small sizes and leaves out what
-is compiled, so that its ratios mean nothing.
+there is a GPU, all compute in bfloat16 and channels last, and there are larger workloads, too.
+Compiling takes most of an hour on two cores; ``--quick`` takes a minute, has small sizes and
+leaves out what is compiled, so that its ratios mean nothing.
 """
 
 from __future__ import annotations
@@ -60,6 +61,8 @@ PARTS = (
     memory,
 )
 WORKLOADS: Workloads = {name: measure for part in PARTS for name, measure in part.WORKLOADS.items()}
+if machine.GPU:
+    WORKLOADS |= steps.GPU_WORKLOADS | ensembles.GPU_WORKLOADS
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -116,7 +119,8 @@ def table(described: dict[str, Any], rows: list[Row]) -> Table:
         title=f"{described['device']}, {described['threads']} threads, {described['dtype']}, "
         f"{described['gflops']:.0f} Gflop/s, {described['gbytes']:.0f} GB/s\n{versions}"
     )
-    for column in ("ratio", "quartiles", "target", "holds", "workload", "ms", "quartiles", "floor"):
+    columns = ("ratio", "quartiles", "target", "holds", "workload", "ms", "quartiles", "floor")
+    for column in (*columns, "of peak"):
         text = column in ("workload", "holds")
         found.add_column(column, justify="left" if text else "right", no_wrap=column != "workload")
     for row in rows:
@@ -130,6 +134,7 @@ def table(described: dict[str, Any], rows: list[Row]) -> Table:
             "",
             "",
             "" if row.floor is None else f"{1e3 * row.floor['seconds']:.1f}",
+            "" if row.share is None else f"{100 * row.share:.0f} %",
             style="bold" if row.holds else "bold red",
         )
         for name, measured in row.contenders.items():
@@ -139,7 +144,7 @@ def table(described: dict[str, Any], rows: list[Row]) -> Table:
             else:
                 low, median, high = (1e3 * measured[k] for k in ("low", "median", "high"))
                 times = f"{median:.2f}", f"{low:.2f} {high:.2f}"
-            found.add_row("", "", "", "", f" {mark} {name}", *times, "")
+            found.add_row("", "", "", "", f" {mark} {name}", *times, "", "")
         found.add_section()
     return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -151,27 +152,27 @@ def ensemble_module(build: Callable[[], nn.Module], params: Any, x: Tensor, y: T
     )
 
 
-def mlps(quick: bool) -> Case:
-    """32 of 784-256-256-10, batch 128."""
-    members, batch = (4, 16) if quick else (32, 128)
+def mlps(quick: bool, members: int = 32) -> Case:
+    """Of 784-256-256-10, batch 128."""
+    members, batch = (4, 16) if quick else (members, 128)
     x = random.normal(random.key(1), (batch, 784))
     y = random.randint(random.key(2), (batch,), 0, 10)
     model = models.mlp(784, 10, (256, 256))
     return ensemble(model, lambda: networks.mlp(784, 256, 256, 10), members, x, y, "mlps")
 
 
-def convs(quick: bool) -> Case:
-    """Eight of two convolutions, 32 images of 28 x 28."""
-    members, batch = (2, 4) if quick else (8, 32)
+def convs(quick: bool, members: int = 8) -> Case:
+    """Of two convolutions, 32 images of 28 x 28."""
+    members, batch = (2, 4) if quick else (members, 32)
     x = random.normal(random.key(1), (batch, 1, 28, 28))
     y = random.randint(random.key(2), (batch,), 0, 10)
     model = models.cnn(1, 10, (32, 64), norm=None)
     return ensemble(model, lambda: networks.Conv(1, 32, 64), members, x, y, "convs")
 
 
-def resnets(quick: bool) -> Case:
-    """Eight ResNet-18, eight images of 32 x 32."""
-    members, batch = (2, 8) if quick else (8, 8)
+def resnets(quick: bool, members: int = 8) -> Case:
+    """ResNet-18, eight images of 32 x 32."""
+    members, batch = (2, 8) if quick else (members, 8)
     x = random.normal(random.key(1), (batch, 3, 32, 32))
     y = random.randint(random.key(2), (batch,), 0, 10)
 
@@ -186,5 +187,13 @@ WORKLOADS = races(
         "ensemble of 32 MLPs": ({"": 0.95}, mlps),
         "ensemble of 8 conv nets": ({"": 0.95}, convs),
         "ensemble of 8 ResNet-18": ({"": 0.95}, resnets),
+    }
+)
+
+GPU_WORKLOADS = races(
+    {
+        "ensemble of 64 MLPs": ({"": 0.95}, partial(mlps, members=64)),
+        "ensemble of 64 conv nets": ({"": 0.95}, partial(convs, members=64)),
+        "ensemble of 64 ResNet-18": ({"": 0.95}, partial(resnets, members=64)),
     }
 )

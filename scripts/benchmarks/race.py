@@ -70,6 +70,7 @@ class Row:
     ours: str = ""
     rival: str = ""
     floor: dict[str, float] | None = None
+    share: float | None = None  # of the rate of a product of matrices, by the best of ours
     contenders: dict[str, dict[str, float]] = field(default_factory=dict)
     reported: dict[str, str] = field(default_factory=dict)  # who was not timed, and why
 
@@ -154,6 +155,9 @@ def rate(row: Row, times: dict[str, list[float]], against: str = "") -> None:
     ratios = [a / b for a, b in zip(times[row.ours], times[row.rival], strict=True)]
     found = spread(ratios)
     row.value, row.low, row.high = found["median"], found["low"], found["high"]
+    if row.floor is not None:
+        taken = row.contenders[row.ours]["median"]
+        row.share = row.floor["operations"] / taken / machine.rates()[0]
 
 
 def compare(held: dict[str, Contender], start: dict[str, Tensor]) -> dict[str, str]:

@@ -45,10 +45,10 @@ def training_step(
     return Case(networks.named(params), contenders, networks.count(params))
 
 
-def images(batch: int, size: int) -> tuple[Tensor, Tensor]:
-    """[batch, 3, size, size] and ten classes."""
+def images(batch: int, size: int, classes: int = 10) -> tuple[Tensor, Tensor]:
+    """[batch, 3, size, size], and their classes."""
     shape = (batch, 3, size, size)
-    return random.normal(random.key(1), shape), random.randint(random.key(2), (batch,), 0, 10)
+    return random.normal(random.key(1), shape), random.randint(random.key(2), (batch,), 0, classes)
 
 
 def resnet18(quick: bool) -> Case:
@@ -97,11 +97,36 @@ def gpt(quick: bool) -> Case:
     )
 
 
+def resnet50(quick: bool) -> Case:
+    """256 images of 224 x 224."""
+    batch = images(*((2, 32) if quick else (256, 224)), classes=1000)
+    return training_step(models.resnet50(), torchvision.models.resnet50, *batch, F.cross_entropy)
+
+
+def vit_b_16(quick: bool) -> Case:
+    """256 images of 224 x 224 in patches of 16 x 16; width 768, 12 layers."""
+    count, size, depth = (2, 32, 1) if quick else (256, 224, 12)
+    model = models.vit(size, 16, depth, 12, 768)
+
+    def build() -> nn.Module:
+        return torchvision.models.VisionTransformer(size, 16, depth, 12, 768, mlp_dim=3072)
+
+    return training_step(model, build, *images(count, size, classes=1000), F.cross_entropy)
+
+
 WORKLOADS = races(
     {
         "training step, ResNet-18": ({"eager": 1.03, "compiled": 1.0}, resnet18),
         "training step, DenseNet-121": ({"eager": 1.0, "compiled": 1.0}, densenet121),
         "training step, ViT-tiny": ({"eager": 1.0, "compiled": 1.0}, vit_tiny),
         "training step, GPT 4 layers": ({"eager": 1.0, "compiled": 1.0}, gpt),
+    }
+)
+
+# A processor would take minutes a step.
+GPU_WORKLOADS = races(
+    {
+        "training step, ResNet-50, batch 256": ({"eager": 1.0, "compiled": 1.0}, resnet50),
+        "training step, ViT-B/16, batch 256": ({"eager": 1.0, "compiled": 1.0}, vit_b_16),
     }
 )

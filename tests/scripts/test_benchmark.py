@@ -40,6 +40,19 @@ def test_quick_rows_end_in_a_table_a_file_and_a_figure(script, tmp_path, capsys)
     assert (tmp_path / "benchmark.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_workloads_of_a_gpu_in_small(script):
+    for name, measure in script.steps.GPU_WORKLOADS.items():
+        with torch.random.fork_rng():
+            rows = measure(script.Settings(1, True))
+        assert rows
+        for row in rows:
+            assert row.workload.startswith(name)
+            assert all(why.startswith("not here") for why in row.reported.values())
+            taken = row.contenders[row.ours]["median"]
+            reached = row.floor["operations"] / taken
+            assert row.share == pytest.approx(reached / script.machine.rates()[0])
+
+
 def test_the_floor_counts_products_and_what_they_move(script):
     a, b = torch.ones(8, 4), torch.ones(4, 2)
     found = script.machine.floor(lambda: (a @ b).relu(), 3)
