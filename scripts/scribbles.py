@@ -57,7 +57,7 @@ class Joints(NamedTuple):
 
 def draw_strokes(key: random.Key, shape: tuple[int, ...]) -> Strokes:
     """Random strokes: a third of them straight, a third with a corner."""
-    keys = random.split(key, 7).unbind()
+    keys = random.split(key, 8).unbind()
     bent = random.uniform(keys[0], shape) > 0.35
     turning = random.normal(keys[1], (*shape, 2)) * torch.tensor([2.2, 2.5])
     cornered = random.uniform(keys[2], shape) < 0.3
@@ -66,8 +66,8 @@ def draw_strokes(key: random.Key, shape: tuple[int, ...]) -> Strokes:
         random.uniform(keys[4], shape, 0.0, 2 * math.pi),
         turning * torch.where(bent, 1.0, 0.05)[..., None],
         torch.where(cornered, side * random.uniform(keys[5], shape, 1.2, 2.4), 0.0),
-        random.uniform(random.fold_in(keys[5], 1), shape, 0.25, 0.75),
-        random.uniform(keys[6], shape, 0.5, 1.6),
+        random.uniform(keys[6], shape, 0.25, 0.75),
+        random.uniform(keys[7], shape, 0.5, 1.6),
     )
 
 
@@ -138,11 +138,27 @@ def ink(points: Tensor, amounts: Tensor) -> Tensor:
             place = (y * SIDE + x).clamp(0, SIDE * SIDE - 1).long()
             canvas = canvas.scatter_add(1, place, amounts * shares.prod(-1) * inside)
     canvas = rearrange(canvas, "n (h w) -> n 1 h w", h=SIDE)
-    reach = math.ceil(3 * PEN)
-    bell = torch.exp(-(torch.arange(-reach, reach + 1) ** 2) / (2 * PEN**2))
+    return blur(canvas, PEN) * PEN * math.sqrt(2 * math.pi)
+
+
+def blur(ink: Tensor, sigma: float) -> Tensor:
+    """Ink [n, 1, height, width] as through a Gaussian of that many pixels."""
+    reach = math.ceil(3 * sigma)
+    bell = torch.exp(-(torch.arange(-reach, reach + 1) ** 2) / (2 * sigma**2))
+    bell = bell / bell.sum()
     rows, columns = rearrange(bell, "w -> 1 1 1 w"), rearrange(bell, "h -> 1 1 h 1")
-    lines = F.conv2d(F.conv2d(canvas, rows, padding=(0, reach)), columns, padding=(reach, 0))
-    return lines / bell.sum()
+    return F.conv2d(F.conv2d(ink, rows, padding=(0, reach)), columns, padding=(reach, 0))
+
+
+def frame(half: Tensor, smallest: float = 0.0) -> Tensor:
+    """Half the sizes [n, 2] of the frames about drawings of which half the sizes are given.
+
+    A frame is between a square and the shape of the drawing, so that wide and high ones fill more
+    of a view (an adaptive aspect ratio, Liu et al. 2004). The longer half counts for the smallest
+    at least.
+    """
+    longest = half.amax(1, keepdim=True).clamp(min=smallest)
+    return 1.25 * (longest * half.clamp(min=longest / 4)).sqrt()
 
 
 def scribbles(key: random.Key, groups: int, classes: int, samples: int) -> Tensor:
@@ -170,10 +186,8 @@ def scribbles(key: random.Key, groups: int, classes: int, samples: int) -> Tenso
 
     first = torch.where(there, points, torch.inf).amin((1, 2))
     last = torch.where(there, points, -torch.inf).amax((1, 2))
-    extent = (last - first) / 2
-    longest = extent.amax(1, keepdim=True)
-    half = 1.25 * (longest * extent.clamp(min=longest / 4)).sqrt()  # as in `siamese.drawings_of`
-    half, middle = (rearrange(x, "n j -> n 1 1 j") for x in (half, (first + last) / 2))
+    sizes = frame((last - first) / 2), (first + last) / 2
+    half, middle = (rearrange(x, "n j -> n 1 1 j") for x in sizes)
     framed = (points - middle) / half
 
     apart = rearrange(drawn.length, "n strokes -> n strokes 1") / POINTS / half.mean(-1)

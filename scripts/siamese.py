@@ -131,11 +131,7 @@ class Drawings(NamedTuple):
 
 
 def drawings_of(ink: Tensor) -> Drawings:
-    """Of ink [n, 1, side, side], from 0 to 1; blurred, as `look` will make it smaller.
-
-    A frame is between a square and the shape of the drawing, so that wide and high ones fill more
-    of a view (an adaptive aspect ratio, Liu et al. 2004).
-    """
+    """Of ink [n, 1, side, side], from 0 to 1; blurred, as `look` will make it smaller."""
     side = ink.shape[-1]
     inked = rearrange((ink > 0.5).float(), "n 1 h w -> n h w")
     edges = []
@@ -143,22 +139,8 @@ def drawings_of(ink: Tensor) -> Drawings:
         first, last = profile.argmax(1), side - 1 - profile.flip(1).argmax(1)
         edges.append(torch.stack([first, last], 1))
     first, last = torch.stack(edges, 1).float().unbind(-1)  # [n, 2] each
-    extent = (last - first) / side
-    longest = extent.amax(1, keepdim=True).clamp(min=0.3)
-    half = 1.25 * (longest * extent.clamp(min=longest / 4)).sqrt()
-    sigma = 0.36 * side / SIZE
-    reach = math.ceil(3 * sigma)
-    bell = torch.exp(-(torch.arange(-reach, reach + 1) ** 2) / (2 * sigma**2))
-    bell = bell / bell.sum()
-    blurred = [
-        F.conv2d(
-            F.conv2d(part, rearrange(bell, "w -> 1 1 1 w"), padding=(0, reach)),
-            rearrange(bell, "h -> 1 1 h 1"),
-            padding=(reach, 0),
-        )
-        for part in ink.split(256)
-    ]
-    ink = torch.cat(blurred)
+    half = scribbles.frame((last - first) / side, smallest=0.3)
+    ink = torch.cat([scribbles.blur(part, 0.36 * side / SIZE) for part in ink.split(256)])
     dark = rearrange(ink, "n 1 h w -> n (h w)").quantile(0.985, dim=1).clamp(min=0.05)
     ink = (ink / rearrange(dark, "n -> n 1 1 1")).clamp(max=1.3)
     return Drawings(ink, (first + last + 1) / side - 1, half)
