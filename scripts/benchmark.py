@@ -98,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         save(flags.output / f"{stem}.json", described, flags, rows)  # so far
     console.print(table(described, rows))
     for row in rows:
-        for contender, why in row.reported.items():
+        for contender, why in (row.reported | row.notes).items():
             console.print(f"{row.workload}: {contender}: {why}", markup=False)
     path = flags.output / f"{stem}.png"
     (growth.draw if flags.growth else draw)(rows, path)

@@ -145,10 +145,10 @@ def measure(name: str, settings: Settings) -> list[Row]:
                     {} if what == "memory" else {"low": one, "high": one}
                 )
             if contender != "funcnets":
-                row.reported[contender] = f"exponent {exponent(work, values):.2f}"
+                row.notes[contender] = f"exponent {exponent(work, values):.2f}"
         rows.append(row)
     if (loop := times.get("nn.Module one by one")) is not None:
-        rows[0].reported["vmap"] = crossing(curve.sizes, times["funcnets"], loop)
+        rows[0].notes["vmap"] = crossing(curve.sizes, times["funcnets"], loop)
     return rows
 
 

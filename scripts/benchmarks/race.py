@@ -73,6 +73,7 @@ class Row:
     share: float | None = None  # of the rate of a product of matrices, by the best of ours
     contenders: dict[str, dict[str, float]] = field(default_factory=dict)
     reported: dict[str, str] = field(default_factory=dict)  # who was not timed, and why
+    notes: dict[str, str] = field(default_factory=dict)  # what else was found
 
     @property
     def holds(self) -> bool:

@@ -135,13 +135,23 @@ def test_all_whose_growth_is_measured_make_the_same_step(script, name):
             torch.testing.assert_close(other[key], value, rtol=1e-3, atol=1e-5)
 
 
+def test_growth_over_members_names_where_vmap_stops_paying(script):
+    with torch.random.fork_rng():
+        rows = script.growth.measure("members, MLP", script.Settings(1, True))
+    assert rows[0].notes["vmap"].startswith("stops paying ")
+    for row in rows:
+        assert set(row.notes) - {"vmap"} == {"funcnets, chunk chosen", "nn.Module one by one"}
+        assert not row.reported
+        assert row.holds == (row.value <= script.growth.LINEAR)
+
+
 def test_growth_says_how_everybodys_time_and_memory_grow(script):
     with torch.random.fork_rng():
         rows = script.growth.measure("depth", script.Settings(1, True))
     assert [row.workload for row in rows] == ["time against depth", "memory against depth"]
     for row in rows:
         assert row.value is not None
-        assert row.reported["nn.Module"].startswith("exponent ")
+        assert row.notes["nn.Module"].startswith("exponent ")
         names = {label.rpartition(",")[0] for label in row.contenders}
         assert names == {"funcnets", "nn.Module"}
 
