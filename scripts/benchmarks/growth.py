@@ -19,7 +19,7 @@ from torch import nn
 from torch.func import vmap
 
 from benchmarks import ensembles, machine, memory, networks
-from benchmarks.race import Contender, Row, Settings, Workloads
+from benchmarks.race import OURS, Contender, Row, Settings, Workloads
 from funcnets import Model, models, random
 from funcnets.ensembles import chunked
 
@@ -119,7 +119,7 @@ def exponent(sizes: list[int], values: list[float]) -> float:
 
 
 def measure(name: str, settings: Settings) -> list[Row]:
-    """A row for the time and one for the memory, and how the others' grow."""
+    """A row for the time and one for our memory, and how the others grow."""
     curve = curves(settings.quick)[name]
     work = [curve.work(size) for size in curve.sizes]
     times: dict[str, list[float]] = {}
@@ -132,7 +132,8 @@ def measure(name: str, settings: Settings) -> list[Row]:
             held = memory.live() - before
             taken = [machine.seconds(step) for _ in range(settings.rounds)]
             times.setdefault(contender, []).append(statistics.median(taken))
-            peaks.setdefault(contender, []).append(held + memory.growth_within(step))
+            if contender.startswith(OURS):  # a module's gradients are no objects of Python's
+                peaks.setdefault(contender, []).append(held + memory.growth_within(step))
     rows = []
     for what, found in (("time", times), ("memory", peaks)):
         value = exponent(work, found["funcnets"])
