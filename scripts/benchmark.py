@@ -10,11 +10,11 @@ round to round: one step that is not counted and three of which the least counts
 best of ours to the best rival is taken within each round; the table gives medians over the rounds
 and quartiles, ratios first, and whether the target is reached; beside it the floor, which is what
 the arithmetic of a step would take at the rates this machine was measured to have, and which share
-of the rate of a product of matrices the best of ours reaches. What happens
-once in a process, as importing and compiling, has processes of its own, and so has JAX. Where
-there is a GPU, all compute in bfloat16 and channels last, and there are larger workloads, too.
-Compiling takes most of an hour on two cores; ``--quick`` takes a minute, has small sizes and
-leaves out what is compiled, so that its ratios mean nothing.
+of the rate of a product of matrices the best of ours reaches. What happens once in a process, as
+importing and compiling, has processes of its own, and so has JAX. Where there is a GPU, all compute
+in bfloat16 and channels last, and there are larger workloads, too. Compiling takes most of an hour
+on two cores; ``--quick`` takes a minute, has small sizes and leaves out what is compiled, so that
+its ratios mean nothing.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def save(path: Path, described: dict[str, Any], flags: Any, rows: list[Row]) -> None:
     """All that was measured."""
     record = {"machine": described, "rounds": flags.rounds, "quick": flags.quick}
-    held = [{"holds": row.holds} | asdict(row) for row in rows]
+    held = [{"holds": row.holds, "share": row.share} | asdict(row) for row in rows]
     path.write_text(json.dumps(record | {"rows": held}, indent=1))
 
 

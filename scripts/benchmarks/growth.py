@@ -25,7 +25,6 @@ from funcnets.ensembles import chunked
 
 LINEAR = 1.05  # what measures as linear
 
-
 Contenders: TypeAlias = dict[str, Callable[[], Contender]]
 
 

@@ -70,10 +70,17 @@ class Row:
     ours: str = ""
     rival: str = ""
     floor: dict[str, float] | None = None
-    share: float | None = None  # of the rate of a product of matrices, by the best of ours
     contenders: dict[str, dict[str, float]] = field(default_factory=dict)
     reported: dict[str, str] = field(default_factory=dict)  # who was not timed, and why
     notes: dict[str, str] = field(default_factory=dict)  # what else was found
+
+    @property
+    def share(self) -> float | None:
+        """Of the rate of a product of matrices, what the best of ours reaches."""
+        if self.floor is None or self.ours not in self.contenders:
+            return None
+        taken = self.contenders[self.ours]["median"]
+        return self.floor["operations"] / taken / machine.rates()[0]
 
     @property
     def holds(self) -> bool:
@@ -156,9 +163,6 @@ def rate(row: Row, times: dict[str, list[float]], against: str = "") -> None:
     ratios = [a / b for a, b in zip(times[row.ours], times[row.rival], strict=True)]
     found = spread(ratios)
     row.value, row.low, row.high = found["median"], found["low"], found["high"]
-    if row.floor is not None:
-        taken = row.contenders[row.ours]["median"]
-        row.share = row.floor["operations"] / taken / machine.rates()[0]
 
 
 def compare(held: dict[str, Contender], start: dict[str, Tensor]) -> dict[str, str]:
