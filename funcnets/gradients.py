@@ -8,6 +8,7 @@ here come from ``torch.autograd.grad`` over copies that require grad, as fast as
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -78,32 +79,31 @@ def _gradient_and_value(
         return torch.func.grad_and_value(f, argnums, has_aux)(*args, **kwargs)
     given = list(args)
     leaves: list[Tensor] = []
-    structures = []
-    for place, (held, structure) in zip(chosen, found, strict=True):
+    for place, held in zip(chosen, found, strict=True):
         tracked = [leaf.detach().requires_grad_() for leaf in held]
-        given[place] = tree.unflatten(structure, tracked)
+        given[place] = tree.unflatten_like(args[place], tracked)
         leaves += tracked
-        structures.append((structure, len(tracked)))
     with torch.enable_grad():
         result = f(*given, **kwargs)
     pair = isinstance(result, tuple) and len(result) == 2
     value, aux = result if has_aux and pair else (result, None)
+    connected = [x for x in tree.leaves(result) if isinstance(x, Tensor) and x.requires_grad]
     if (
         pair != has_aux
         or not isinstance(value, Tensor)
         or value.ndim
         or not value.requires_grad
-        or _depends_on_others(result, leaves)
+        or _depend_on_others(connected, leaves)
     ):
         # torch says what is wrong with it, gives zeros where it depends on no argument, and keeps
         # the graph of what else it depends on.
         return torch.func.grad_and_value(f, argnums, has_aux)(*args, **kwargs)
     rest = iter(torch.autograd.grad(value, leaves, materialize_grads=True))
     gradients = tuple(
-        tree.unflatten(structure, [next(rest) for _ in range(count)])
-        for structure, count in structures
+        tree.unflatten_like(args[place], [next(rest) for _ in held])
+        for place, held in zip(chosen, found, strict=True)
     )
-    value, aux = tree.map(_detached, (value, aux))
+    value, aux = value.detach(), tree.map(_detached, aux) if len(connected) > 1 else aux
     return gradients[0] if isinstance(argnums, int) else gradients, (
         (value, aux) if has_aux else value
     )
@@ -111,14 +111,14 @@ def _gradient_and_value(
 
 def _plain(
     args: tuple[Any, ...], kwargs: dict[str, Any], chosen: tuple[int, ...]
-) -> list[tuple[list[Any], Any]] | None:
-    """The chosen arguments, flattened, where nothing asks for more than the numbers; else None."""
+) -> list[list[Any]] | None:
+    """The leaves of the chosen arguments, where nothing asks for more than numbers; else None."""
     if _torch.inlining() or not all(0 <= place < len(args) for place in chosen):
         return None
     if len(set(chosen)) < len(chosen):
         return None
-    found = [tree.flatten(args[place]) for place in chosen]
-    for leaf in (leaf for held, _ in found for leaf in held):
+    found = [tree.leaves(args[place]) for place in chosen]
+    for leaf in itertools.chain(*found):
         if not isinstance(leaf, Tensor) or not leaf.is_floating_point() or leaf.requires_grad:
             return None
     rest = [argument for place, argument in enumerate(args) if place not in chosen]
@@ -127,22 +127,22 @@ def _plain(
     return found
 
 
-def _depends_on_others(results: Any, leaves: list[Tensor]) -> bool:
+def _depend_on_others(results: list[Tensor], leaves: list[Tensor]) -> bool:
     """Whether the graph of results has tensors that require grad besides the leaves."""
-    found = [x for x in tree.leaves(results) if isinstance(x, Tensor) and x.requires_grad]
-    own, seen = set(map(id, leaves)), set()
-    if any(tensor.is_leaf and id(tensor) not in own for tensor in found):
+    own = set(map(id, leaves))
+    if any(tensor.is_leaf and id(tensor) not in own for tensor in results):
         return True
-    rest = [tensor.grad_fn for tensor in found]
-    while rest:
-        node = rest.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if inputs := node.next_functions:
-            rest += [function for function, _ in inputs]
-        elif (leaf := getattr(node, "variable", None)) is not None and id(leaf) not in own:
-            return True
+    nodes = [tensor.grad_fn for tensor in results if tensor.grad_fn is not None]
+    seen: set[Any] = {None, *nodes}
+    for node in nodes:  # which grow on the way
+        if not (inputs := node.next_functions):
+            leaf = getattr(node, "variable", None)
+            if leaf is not None and id(leaf) not in own:
+                return True
+        for function, _ in inputs:
+            if function not in seen:
+                seen.add(function)
+                nodes.append(function)
     return False
 
 

@@ -127,6 +127,21 @@ def test_a_second_output_stays_connected(aux):
         assert w.grad.any()
 
 
+@given(computed=st.booleans())
+def test_a_second_output_is_no_part_of_the_graph(computed):
+    """It comes back as it is where it was none before, and detached where it was."""
+    constant = {"n": torch.ones(2), "name": "constant"}
+
+    def f(x):
+        return x.square().sum(), constant | ({"y": 2 * x} if computed else {})
+
+    value, aux = grad_and_value(f, has_aux=True)(X)[1]
+    assert not value.requires_grad
+    assert list(aux) == ["n", "name", "y"][: 2 + computed]
+    torch.testing.assert_close(aux["n"], torch.ones(2), rtol=0, atol=0)
+    assert not any(getattr(leaf, "requires_grad", False) for leaf in aux.values())
+
+
 def test_arguments_that_require_grad_stay_connected():
     x = X.clone().requires_grad_()
     grad(lambda x: x.pow(3).sum())(x).sum().backward()

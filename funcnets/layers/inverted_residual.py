@@ -17,6 +17,7 @@ from funcnets.layers.buffers import finish, with_buffers
 from funcnets.layers.conv import Size
 from funcnets.layers.conv_norm import conv_norm, init_conv_norm
 from funcnets.layers.dropout import Rate, stochastic_depth
+from funcnets.layers.fresh import add_fresh
 from funcnets.layers.initializers import Initializer, kaiming_normal, zeros
 from funcnets.layers.params import check_positive, entries
 from funcnets.layers.squeeze_excitation import init_squeeze_excitation, squeeze_excitation
@@ -163,5 +164,6 @@ def inverted_residual(
     if stride == 1 and out.shape[1] == x.shape[1] if shortcut is None else shortcut:
         if train and key is not None:
             out = stochastic_depth(key, out, drop_rate, "row")
-        out = out + x
+        # What an activation gave, its derivative may ask for again.
+        out = out + x if spatial == last else add_fresh(out, x)
     return finish(out, {"block": new}, train)

@@ -24,6 +24,7 @@ from funcnets.layers import (
     linear,
     with_buffers,
 )
+from funcnets.layers.fresh import add_fresh
 from funcnets.model import Model, bind
 from funcnets.models import blocks, stages
 from funcnets.models.stages import divisible
@@ -244,5 +245,5 @@ def block(
     norm = str(normed + 1)
     out, new[norm] = with_buffers(layers.batch_norm, conv[norm], out, train=train)
     if stride == 1 and out.shape[1] == x.shape[1]:
-        out = x + out
+        out = add_fresh(out, x)
     return finish(out, {"conv": new}, train)

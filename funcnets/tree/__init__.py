@@ -20,6 +20,7 @@ from funcnets.tree.flatten import (
     map,
     map_with_path,
     unflatten,
+    unflatten_like,
 )
 from funcnets.tree.report import Differences, Spec, check, compare, specs, summary
 from funcnets.tree.select import is_trainable, matcher, merge, partition
@@ -57,5 +58,6 @@ __all__ = [
     "to_state_dict",
     "transfer",
     "unflatten",
+    "unflatten_like",
     "unstack",
 ]

@@ -67,6 +67,22 @@ def unflatten(structure: Structure | None, leaves: list[Any]) -> Any:
     return tree
 
 
+def unflatten_like(tree: Any, leaves: list[Any]) -> Any:
+    """The tree that holds these leaves and is shaped as another tree, as `unflatten` builds it.
+
+    >>> unflatten_like({"a": 1, "b": (2, None)}, [3, 4])
+    {'a': 3, 'b': (4, None)}
+    """
+    rest = iter(leaves)
+    try:
+        built = _refill(tree, rest, _builder(leaves))
+    except StopIteration:
+        raise ValueError("unflatten_like: fewer leaves than the tree has places") from None
+    if (extra := sum(1 for _ in rest)) > 0:
+        raise ValueError(f"unflatten_like: {extra} more leaves than the tree has places")
+    return built
+
+
 class Template:
     """Reads and builds the trees of one structure, in half the time of `flatten` and `unflatten`.
 
@@ -141,7 +157,9 @@ class Template:
 
 def leaves(tree: Any) -> list[Any]:
     """The leaves of a tree, from left to right."""
-    return flatten(tree)[0]
+    found: list[Any] = []
+    _collect(tree, found)
+    return found
 
 
 def leaves_with_path(tree: Any) -> list[tuple[Path, Any]]:
@@ -164,6 +182,8 @@ def map(f: Callable[..., Any], tree: Any, *rest: Any) -> Any:
     >>> map(lambda a, b: a + b, {"x": 1, "y": 2}, {"y": 20, "x": 10})
     {'x': 11, 'y': 22}
     """
+    if not rest:
+        return unflatten_like(tree, [f(leaf) for leaf in leaves(tree)])
     found, structure = flatten(tree)
     columns = [found]
     for other in rest:
@@ -222,12 +242,14 @@ def _flatten(tree: Any, leaves: list[Any]) -> Structure | None:
         return None
     if kind is TensorDict:
         held = tree._tensordict  # as in `entries`
-        children = held.values()
-        if _TENSOR.issuperset(builtins.map(type, children)):
-            leaves.extend(children)
-            return Structure(kind, tree._batch_size, tuple(held), (None,) * len(held))
-        places = tuple([_flatten(child, leaves) for child in children])
-        return Structure(kind, tree._batch_size, tuple(held), places)
+        places: list[Structure | None] = []
+        for child in held.values():
+            if type(child) is torch.Tensor:
+                leaves.append(child)
+                places.append(None)
+            else:
+                places.append(_flatten(child, leaves))
+        return Structure(kind, tree._batch_size, tuple(held), tuple(places))
     node = _children(tree)
     if node is None:
         leaves.append(tree)
@@ -236,26 +258,54 @@ def _flatten(tree: Any, leaves: list[Any]) -> Structure | None:
     return Structure(kind, meta, keys, tuple([_flatten(child, leaves) for child in children]))
 
 
+def _collect(tree: Any, leaves: list[Any]) -> None:
+    """As `_flatten`, in a third of the time, without the structure."""
+    kind = type(tree)
+    if kind is TensorDict:
+        children = tree._tensordict.values()  # as in `entries`
+    elif kind is torch.Tensor or (node := _children(tree)) is None:
+        leaves.append(tree)
+        return
+    else:
+        children = node[1]
+    for child in children:
+        if type(child) is torch.Tensor:
+            leaves.append(child)
+        else:
+            _collect(child, leaves)
+
+
 def _unflatten(
     structure: Structure, leaves: Iterator[Any], build: Callable[[dict[str, Any], torch.Size], Any]
 ) -> Any:
     # Raises StopIteration where the leaves run out.
     kind, meta, keys, places = structure
     if kind is TensorDict:
-        if any(places):
-            named = {
-                key: next(leaves) if place is None else _unflatten(place, leaves, build)
-                for key, place in zip(keys, places)  # noqa: B905
-            }
-        else:  # leaves alone: without a step of Python for each
-            named = dict(zip(keys, leaves))  # noqa: B905
-            if len(named) < len(keys):
-                raise StopIteration
+        named = {}
+        for key, place in zip(keys, places):  # noqa: B905
+            named[key] = next(leaves) if place is None else _unflatten(place, leaves, build)
         return build(named, meta)
     children = [
         next(leaves) if place is None else _unflatten(place, leaves, build) for place in places
     ]
     return _build(kind, meta, keys, children)
+
+
+def _refill(
+    tree: Any, leaves: Iterator[Any], build: Callable[[dict[str, Any], torch.Size], Any]
+) -> Any:
+    """As `_unflatten`, of a tree in place of its structure."""
+    kind = type(tree)
+    if kind is TensorDict:
+        named = {}
+        for key, child in tree._tensordict.items():  # as in `entries`
+            leaf = type(child) is torch.Tensor
+            named[key] = next(leaves) if leaf else _refill(child, leaves, build)
+        return build(named, tree._batch_size)
+    if kind is torch.Tensor or (node := _children(tree)) is None:
+        return next(leaves)
+    keys, children, meta = node
+    return _build(kind, meta, keys, [_refill(child, leaves, build) for child in children])
 
 
 def _children(tree: Any) -> tuple[tuple[Any, ...], list[Any], Any] | None:

@@ -13,7 +13,7 @@ from torch.func import vjp
 from torchvision.models.efficientnet import FusedMBConv, MBConv, _MBConvConfig
 from torchvision.models.mobilenetv3 import InvertedResidual, InvertedResidualConfig
 
-from funcnets import layers, random, tree
+from funcnets import grad, layers, random, tree
 
 KEY = random.key(2)
 DTYPE = torch.float64
@@ -101,6 +101,34 @@ def test_stochastic_depth_of_samples_where_there_is_a_shortcut():
     )
     alone = partial(layers.inverted_residual, params, x, shortcut=False, train=True)
     close(alone(drop_rate=0.4, key=KEY)[0], alone()[0])
+
+
+@given(
+    fused=st.booleans(),
+    expanded=st.sampled_from([4, 6]),
+    activation=st.sampled_from([F.relu, F.relu6, F.silu, torch.sigmoid]),
+    drop_rate=st.sampled_from([0.0, 0.4]),
+    train=st.booleans(),
+)
+def test_what_is_written_over_leaves_the_gradients_as_they_are(
+    fused, expanded, activation, drop_rate, train
+):
+    """Plain gradients, where memory is used again, beside those under a transform."""
+    params = layers.init_inverted_residual(KEY, 4, 4, expanded, fused=fused, dtype=DTYPE)
+    x = random.normal(KEY, (3, 4, 5, 5), dtype=DTYPE)
+    before = x.clone()
+
+    def loss(weights, x):
+        whole = tree.merge(weights, tree.partition(params)[1])
+        outputs = layers.inverted_residual(
+            whole, x, activation=activation, drop_rate=drop_rate, train=train, key=KEY
+        )
+        return (outputs[0] if train else outputs).square().sum()
+
+    weights = tree.partition(params)[0]
+    found = grad(loss, (0, 1))(weights, x)
+    tree.map(close, found, torch.func.grad(loss, (0, 1))(weights, x))
+    assert torch.equal(x, before)
 
 
 def test_a_fused_block_does_not_squeeze():

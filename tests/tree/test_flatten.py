@@ -37,6 +37,17 @@ def test_unflatten_inverts_flatten(value):
     assert all(a is b for a, b in zip(leaves, again, strict=True))
 
 
+@given(ANY)
+def test_unflatten_like_builds_what_unflatten_does(value):
+    leaves, structure = tree.flatten(value)
+    new = [object() for _ in leaves]
+    again, same_structure = tree.flatten(tree.unflatten_like(value, new))
+    expected, expected_structure = tree.flatten(tree.unflatten(structure, new))
+    assert same_structure == expected_structure
+    assert all(a is b is c for a, b, c in zip(new, again, expected, strict=True))
+    assert all(a is b for a, b in zip(leaves, tree.leaves(value), strict=True))
+
+
 @given(ANY, ANY, st.booleans())
 def test_a_template_reads_and_builds_trees_of_its_structure_alone(one, other, alike):
     leaves, structure = tree.flatten(one)
@@ -136,6 +147,10 @@ def test_unflatten_counts_its_leaves():
         tree.unflatten(structure, [*leaves, 3])
     with pytest.raises(ValueError, match="fewer leaves"):
         tree.unflatten(None, [])
+    with pytest.raises(ValueError, match="unflatten_like: fewer leaves"):
+        tree.unflatten_like({"a": 1, "b": (2,)}, leaves[:1])
+    with pytest.raises(ValueError, match="unflatten_like: 1 more leaves"):
+        tree.unflatten_like({"a": 1, "b": (2,)}, [*leaves, 3])
 
 
 def test_batch_size():
