@@ -18,7 +18,7 @@ from funcnets.optim.leafwise import (
     like,
     new_step,
 )
-from funcnets.tree.flatten import Tree, flatten, map, unflatten
+from funcnets.tree.flatten import Tree, map
 
 
 class AccumulateState(NamedTuple):
@@ -63,10 +63,8 @@ def accumulate(optimizer: Optimizer, every: int) -> Optimizer:
         def keep(new: Tensor, old: Tensor) -> Tensor:
             return torch.where(full, new, old)
 
-        leaves, structure = flatten(updates)
-        updates = unflatten(structure, [keep(leaf, torch.zeros_like(leaf)) for leaf in leaves])
-        leaves, structure = flatten(total)
-        total = unflatten(structure, [keep(torch.zeros_like(leaf), leaf) for leaf in leaves])
+        updates = map(lambda leaf: keep(leaf, torch.zeros_like(leaf)), updates)
+        total = map(lambda leaf: keep(torch.zeros_like(leaf), leaf), total)
         held = keep(torch.zeros_like(state.held), state.held + 1)
         return updates, AccumulateState(held, total, map(keep, inner, state.state))
 

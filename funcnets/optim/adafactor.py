@@ -23,7 +23,7 @@ from funcnets.optim.leafwise import (
     new_step,
     resolve,
 )
-from funcnets.tree.flatten import Tree, flatten, unflatten
+from funcnets.tree.flatten import Tree, map
 from funcnets.tree.select import Where
 
 
@@ -73,9 +73,8 @@ def adafactor(
 
     def init(params: Tree) -> AdafactorState:
         check_params("adafactor", params)
-        leaves, structure = flatten(params)
         rows, columns = (
-            unflatten(structure, [leaf.new_zeros(_shapes(leaf)[axis]) for leaf in leaves])
+            map(lambda leaf, axis=axis: leaf.new_zeros(_shapes(leaf)[axis]), params)
             for axis in (0, 1)
         )
         return AdafactorState(new_step(params), rows, columns)

@@ -89,8 +89,7 @@ def new_step(params: Tree) -> Int64[Tensor, ""]:
 
 def like(params: Tree, fill: float = 0.0) -> Tree:
     """A tree of tensors shaped as the parameters."""
-    leaves, structure = flatten(params)
-    return unflatten(structure, [torch.full_like(leaf, fill) for leaf in leaves])
+    return map(lambda leaf: torch.full_like(leaf, fill), params)
 
 
 def check_params(name: str, params: Tree) -> None:
