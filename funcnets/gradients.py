@@ -132,7 +132,7 @@ def _depend_on_others(results: list[Tensor], leaves: list[Tensor]) -> bool:
     own = set(map(id, leaves))
     if any(tensor.is_leaf and id(tensor) not in own for tensor in results):
         return True
-    nodes = [tensor.grad_fn for tensor in results if tensor.grad_fn is not None]
+    nodes: list[Any] = [tensor.grad_fn for tensor in results if tensor.grad_fn is not None]
     seen: set[Any] = {None, *nodes}
     for node in nodes:  # which grow on the way
         if not (inputs := node.next_functions):
