@@ -241,6 +241,7 @@ def torch_optim(
 
     def run() -> None:
         nonlocal buffers
+        adam.zero_grad()  # their memory is that of the new ones
         gradients, buffers = gradients_at(trained, buffers, *batch)
         for leaf, gradient in zip(leaves, tree.leaves(gradients), strict=True):
             leaf.grad = gradient
@@ -304,6 +305,7 @@ def functional(
 
     def run() -> None:
         nonlocal buffers
+        adam.zero_grad()
         gradients, buffers = gradients_at(weights, buffers, x, y)
         for name, gradient in gradients.items():
             weights[name].grad = gradient
