@@ -14,7 +14,7 @@ of the rate of a product of matrices the best of ours reaches. What happens once
 importing and compiling, has processes of its own, and so has JAX. Where there is a GPU, all compute
 in bfloat16 and channels last, and there are larger workloads, too. Compiling takes most of an hour
 on two cores; ``--quick`` takes a minute, has small sizes and leaves out what is compiled, so that
-its ratios mean nothing.
+its ratios mean nothing. ``--growth`` and ``--families`` have tables of their own.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from benchmarks import (
     conditional,
     digits,
     ensembles,
+    families,
     growth,
     imports,
     machine,
@@ -72,12 +73,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", nargs="+", metavar="PART", help="parts of the workloads' names")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--quick", action="store_true", help="small, and nothing compiled")
-    parser.add_argument("--growth", action="store_true", help="time and memory against sizes")
+    tables = parser.add_mutually_exclusive_group()
+    tables.add_argument("--growth", action="store_true", help="time and memory against sizes")
+    tables.add_argument("--families", action="store_true", help="torchvision's networks, eager")
     parser.add_argument("--output", type=Path, default=Path("outputs/benchmark"))
     flags = parser.parse_args(arguments)
     if flags.rounds < 1:
         parser.error(f"--rounds: expected 1 or more, got {flags.rounds}")
-    known: Workloads = growth.WORKLOADS if flags.growth else WORKLOADS
+    stem, known = "benchmark", WORKLOADS
+    if flags.growth:
+        stem, known = "growth", growth.WORKLOADS
+    elif flags.families:
+        stem, known = "families", families.WORKLOADS
     chosen = [
         name
         for name in known
@@ -87,10 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"--only: expected parts of {', '.join(known)}; got {' '.join(flags.only)}")
     flags.output.mkdir(parents=True, exist_ok=True)
     # As wide as the table, where what is printed goes to a file.
-    console, stem = (
-        Console(width=max(Console().width, 120)),
-        "growth" if flags.growth else "benchmark",
-    )
+    console = Console(width=max(Console().width, 120))
     described, rows = machine.describe(), []
     for name in chosen:
         console.print(f"{name} ...", style="dim")

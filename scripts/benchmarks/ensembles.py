@@ -84,11 +84,9 @@ def modules(build: Callable[[], nn.Module], params: Any) -> list[nn.Module]:
     """A module for each member."""
     held = []
     for own in tree.unstack(params):
-        network = build().train().to(machine.DEVICE)
+        network = build().train()
         tree.to_module(own, network)
-        if machine.GPU:
-            network.to(memory_format=torch.channels_last)
-        held.append(network)
+        held.append(machine.place_module(network))
     return held
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
@@ -35,6 +35,12 @@ def place(tensor: Tensor) -> Tensor:
     if GPU and tensor.ndim == 4:
         return tensor.to(DEVICE, memory_format=torch.channels_last)
     return tensor.to(DEVICE)
+
+
+def place_module(network: nn.Module) -> nn.Module:
+    """On the device, as `place` has it."""
+    network.to(DEVICE)
+    return network.to(memory_format=torch.channels_last) if GPU else network
 
 
 def synchronize() -> None:

@@ -255,9 +255,7 @@ def module(
 ) -> Contender:
     """What people write: a module, backward() and fused Adam; torch.compile in a mode."""
     tree.to_module(params, network.train())
-    network.to(machine.DEVICE)
-    if machine.GPU:
-        network.to(memory_format=torch.channels_last)
+    machine.place_module(network)
     adam = torch.optim.Adam(network.parameters(), lr=RATE, fused=True)
     forward = network if mode is None else torch.compile(network, mode=mode)
 

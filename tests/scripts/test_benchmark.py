@@ -7,6 +7,8 @@ import json
 import pytest
 import torch
 
+from funcnets import random
+
 
 @pytest.fixture(scope="module")
 def script():
@@ -51,6 +53,27 @@ def test_the_workloads_of_a_gpu_in_small(script):
             taken = row.contenders[row.ours]["median"]
             reached = row.floor["operations"] / taken
             assert row.share == pytest.approx(reached / script.machine.rates()[0])
+
+
+@pytest.mark.parametrize("family", ["mobilenet_v3_small", "efficientnet_b0"])
+def test_families_make_what_torchvisions_make(script, family):
+    for kind in ("forward", "training step"):
+        with torch.random.fork_rng():
+            (row,) = script.families.WORKLOADS[f"{family}, {kind}"](script.Settings(1, True))
+        assert not row.reported
+        assert set(row.contenders) == {row.ours, "nn.Module, eager"}
+        assert row.target == 1.05
+
+
+def test_the_families_have_torchvisions_parameters(script):
+    for family, (ours, _) in script.families.FAMILIES.items():
+        with torch.device("meta"):
+            theirs = script.families.network(family)
+        model = getattr(script.families.models, family)(num_classes=10, **ours)
+        params = script.families.networks.named(model.init(random.key(0, device="meta")))
+        assert {name: leaf.shape for name, leaf in params.items()} == {
+            name: leaf.shape for name, leaf in theirs.state_dict().items() if leaf.ndim
+        }
 
 
 def test_the_floor_counts_products_and_what_they_move(script):
@@ -157,7 +180,13 @@ def test_growth_says_how_everybodys_time_and_memory_grow(script):
 
 
 def test_what_it_refuses(script, tmp_path, capsys):
-    for arguments in (["--only", "nothing"], ["--rounds", "0"]):
+    for arguments in (
+        ["--only", "nothing"],
+        ["--rounds", "0"],
+        ["--growth", "--families"],
+    ):
         with pytest.raises(SystemExit):
             script.main([*arguments, "--output", str(tmp_path)])
-    assert "peak memory, ResNet-18; got nothing" in capsys.readouterr().err.replace("\n", " ")
+    said = capsys.readouterr().err.replace("\n", " ")
+    assert "peak memory, ResNet-18; got nothing" in said
+    assert "--families: not allowed with argument --growth" in said
