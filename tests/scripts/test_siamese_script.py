@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import runpy
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from tensordict import TensorDict
 
+import funcnets
 from funcnets import data, optim, random, tree
 from funcnets.serialization import read_metadata
 
@@ -27,6 +29,12 @@ needs_data = pytest.mark.skipif(DATA is None, reason="needs Omniglot in FUNCNETS
 @pytest.fixture(scope="module")
 def script():
     return SimpleNamespace(**runpy.run_path(str(SCRIPT), run_name="siamese"))
+
+
+def few(known):
+    """The drawings of sixty characters."""
+    some = known.characters < 60
+    return data.Omniglot(*(x[some] for x in known[:4]), known.character_names[:60], known[5])
 
 
 @needs_data
@@ -61,6 +69,20 @@ def test_a_few_steps_and_what_is_saved(script, tmp_path, monkeypatch, capsys):
     saved = np.load(tmp_path / "images.npz")
     assert saved["names"].tolist() == list(names)
     np.testing.assert_array_equal(saved["embeddings"], embeddings.numpy())
+
+
+@needs_data
+def test_training_compiled_is_training(script, monkeypatch):
+    """The whole step as one graph, in bfloat16, Muon and all, over a few of the characters."""
+    monkeypatch.setattr(funcnets, "compile", partial(funcnets.compile, backend="aot_eager"))
+    known = few(data.omniglot(Path(DATA, "omniglot", "images_background_small2.zip")))
+    (eager, curve), (compiled, same) = (script.train(known, 2, 0, flag) for flag in (False, True))
+    np.testing.assert_allclose(same, curve, rtol=1e-3)
+    start = script.model.init(random.split(random.key(0)).unbind()[0])
+    moved, apart = (
+        tree.global_norm(tree.map(torch.sub, eager, other)) for other in (start, compiled)
+    )
+    assert apart < 0.01 * moved
 
 
 @needs_data
@@ -174,9 +196,7 @@ def test_a_batch_has_groups_of_one_alphabet_and_the_same_drawers(script):
 @needs_data
 def test_views_of_pairs_hold_the_ink_of_both(script):
     known = data.omniglot(Path(DATA, "omniglot", "images_background_small2.zip"))
-    some = known.characters < 60
-    known = data.Omniglot(*(x[some] for x in known[:4]), known.character_names[:60], known[5])
-    views, labels = script.make_views(known)(random.key(0))
+    views, labels = script.make_views(few(known))(random.key(0))
     classes = sum(script.GROUPS) + 4 * script.PAIRED + 4 * script.MADE_UP
     assert views.shape == (classes * script.SAMPLES, 1, script.SIZE, script.SIZE)
     assert torch.equal(labels[:: script.SAMPLES], labels[script.SAMPLES - 1 :: script.SAMPLES])
