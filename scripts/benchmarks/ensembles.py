@@ -49,6 +49,9 @@ def ensemble(
         ),
         "funcnets, chunk chosen, eager": lambda: networks.pure(chosen, start(fresh()), *batch),
         "funcnets, compiled": lambda: networks.donated(all_at_once, start(fresh()), *batch),
+        "funcnets, fused torch.optim, compiled": lambda: networks.torch_optim(
+            model, F.cross_entropy, fresh(), *batch, members=True, compiled=True
+        ),
         "funcnets, one by one, compiled": lambda: one_by_one(step, start(fresh()), *batch),
         "nn.Module one by one, eager": rival(loop, False),
         "nn.Module one by one, compiled": rival(loop, True),

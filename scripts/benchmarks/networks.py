@@ -229,7 +229,12 @@ def graphed(step: Callable[..., Any], held: Any, *batch: Tensor) -> Contender:
 
 
 def torch_optim(
-    model: Model, loss: Loss, params: Any, *batch: Tensor, members: bool = False
+    model: Model,
+    loss: Loss,
+    params: Any,
+    *batch: Tensor,
+    members: bool = False,
+    compiled: bool = False,
 ) -> Contender:
     """Our gradients, of one network or of all members, and torch.optim's fused Adam."""
     trained, buffers = tree.partition(params)
@@ -238,6 +243,8 @@ def torch_optim(
     gradients_at = gradients_of(model, loss)
     if members:
         gradients_at = torch.func.vmap(gradients_at, (0, 0, None, None))
+    if compiled:
+        gradients_at = funcnets.compile(gradients_at)
 
     def run() -> None:
         nonlocal buffers

@@ -28,6 +28,9 @@ def training_step(
         "funcnets, eager": lambda: networks.pure(step, start(fresh()), *batch),
         "funcnets, fused torch.optim": lambda: networks.torch_optim(model, loss, fresh(), *batch),
         "funcnets, compiled": lambda: networks.donated(step, start(fresh()), *batch),
+        "funcnets, fused torch.optim, compiled": lambda: networks.torch_optim(
+            model, loss, fresh(), *batch, compiled=True
+        ),
         "nn.Module, eager": lambda: networks.module(build(), loss, params, *batch),
         "nn.Module, compiled": lambda: networks.module(
             build(), loss, params, *batch, mode="default"
