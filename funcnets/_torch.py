@@ -1,9 +1,9 @@
 """What torch keeps private and funcnets needs, in one place. Written for torch 2.11 to 2.15.
 
-Four things have no public name: whether a torch.func transform or a trace is under way, the
+Five things have no public name: whether a torch.func transform or a trace is under way, the
 tensor below the wrappers of the transforms, sizes in a record that are known when it runs alone,
-and the way from a recorded graph to a compiler that does not have Dynamo read the Python code
-again.
+the way from a recorded graph to a compiler that does not have Dynamo read the Python code again,
+and that the fused kernels of torch.optim take a gradient to lie in memory as its parameter does.
 """
 
 from __future__ import annotations
@@ -153,6 +153,17 @@ def distinct(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[int]]:
         apart.append(tensor.clone() if storage in storages else tensor)
         storages.add(storage)
     return apart, [places[id(tensor)] for tensor in tensors]
+
+
+def laid_out(gradient: Tensor, like: Tensor) -> Tensor:
+    """The gradient with the strides of its parameter, as ``backward()`` leaves it in ``.grad``.
+
+    A gradient comes channels last where the images are so, or with strides of 0; the fused kernels
+    of torch.optim go through memory as it lies, and do not look.
+    """
+    if gradient.stride() == like.stride():
+        return gradient
+    return torch.empty_like(like).copy_(gradient)
 
 
 @contextlib.contextmanager

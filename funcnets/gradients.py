@@ -26,7 +26,8 @@ def grad(
     The same function everywhere. Under a transform, as in ``vmap(grad(f))`` and ``grad(grad(f))``,
     and compiled it is ``torch.func.grad``; so it is where other tensors require grad, those that f
     closes over too, to which the result then stays connected. Otherwise it takes the time of
-    ``backward()``.
+    ``backward()``, and a gradient lies in memory as its parameter does, as torch.optim's fused
+    kernels take for granted.
 
     Args:
         f: returns a scalar tensor, or with ``has_aux`` a pair of that and any tree.
@@ -98,7 +99,8 @@ def _gradient_and_value(
         # torch says what is wrong with it, gives zeros where it depends on no argument, and keeps
         # the graph of what else it depends on.
         return torch.func.grad_and_value(f, argnums, has_aux)(*args, **kwargs)
-    rest = iter(torch.autograd.grad(value, leaves, materialize_grads=True))
+    raw = torch.autograd.grad(value, leaves, materialize_grads=True)
+    rest = map(_torch.laid_out, raw, leaves)
     gradients = tuple(
         tree.unflatten_like(args[place], [next(rest) for _ in held])
         for place, held in zip(chosen, found, strict=True)

@@ -142,6 +142,36 @@ def test_a_second_output_is_no_part_of_the_graph(computed):
     assert not any(getattr(leaf, "requires_grad", False) for leaf in aux.values())
 
 
+@given(
+    last=st.booleans(),
+    leaf_last=st.booleans(),
+    shape=st.tuples(*[st.integers(1, 3)] * 4),
+    kind=st.sampled_from(["conv", "sum", "transposed"]),
+)
+def test_gradients_lie_in_memory_as_their_parameters(last, leaf_last, shape, kind):
+    """As backward() leaves them: torch.optim's fused kernels do not look at strides."""
+    formats = torch.contiguous_format, torch.channels_last
+    w = random.normal(KEY, shape).to(memory_format=formats[leaf_last])
+    x = random.normal(KEY, (2, shape[1], 4, 4)).to(memory_format=formats[last])
+
+    def f(w):
+        if kind == "sum":
+            return w.sum()
+        if kind == "transposed":
+            return (w.mT @ torch.arange(12.0).reshape(3, 4)[: shape[2]]).square().sum()
+        return torch.nn.functional.conv2d(x, w).square().sum()
+
+    found = grad(f)(w)
+    assert found.stride() == w.stride()
+    torch.testing.assert_close(found, torch.func.grad(f)(w), rtol=0, atol=0)
+    ours, theirs = w.clone(), w.clone().requires_grad_()
+    ours.grad = found
+    f(theirs).backward()
+    for leaf in (ours, theirs):
+        torch.optim.Adam([leaf], lr=0.1, fused=True).step()
+    torch.testing.assert_close(ours, theirs.detach())
+
+
 def test_arguments_that_require_grad_stay_connected():
     x = X.clone().requires_grad_()
     grad(lambda x: x.pow(3).sum())(x).sum().backward()

@@ -76,11 +76,7 @@ def _results(old: Any, count: int) -> Leaves:
 def _run(scalars: Any, count: int, step: Tensor, grads: Leaves, new: Leaves) -> None:
     rate, beta1, beta2, eps = scalars
     updates, means, squares, largest = (new[i * count : (i + 1) * count] for i in range(4))
-    # The kernel goes through memory as it lies.
-    grads = [
-        grad if grad.stride() == mean.stride() else torch.empty_like(mean).copy_(grad)
-        for grad, mean in zip(grads, means, strict=True)
-    ]
+    grads = [_torch.laid_out(grad, mean) for grad, mean in zip(grads, means, strict=True)]
     torch._fused_adam_(
         updates,
         grads,

@@ -257,6 +257,22 @@ def torch_optim(
     return Contender(run, lambda: named(tree.merge(trained, buffers)))
 
 
+def backward(model: Model, loss: Loss, params: Any, x: Tensor, y: Tensor) -> Contender:
+    """Our model as a module is trained: leaves that require grad, backward() and fused Adam."""
+    trained, buffers = tree.partition(params)
+    leaves = [leaf.requires_grad_() for leaf in tree.leaves(trained)]
+    adam = torch.optim.Adam(leaves, lr=RATE, fused=True)
+
+    def run() -> None:
+        nonlocal buffers
+        adam.zero_grad()
+        outputs, buffers = model.apply(tree.merge(trained, buffers), x, train=True)
+        loss(outputs, y).backward()
+        adam.step()
+
+    return Contender(run, lambda: named(tree.merge(trained, buffers)))
+
+
 def module(
     network: nn.Module, loss: Loss, params: Any, x: Tensor, y: Tensor, mode: str | None = None
 ) -> Contender:

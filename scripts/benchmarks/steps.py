@@ -27,6 +27,7 @@ def training_step(
     contenders = {
         "funcnets, eager": lambda: networks.pure(step, start(fresh()), *batch),
         "funcnets, fused torch.optim": lambda: networks.torch_optim(model, loss, fresh(), *batch),
+        "funcnets, backward()": lambda: networks.backward(model, loss, fresh(), *batch),
         "funcnets, compiled": lambda: networks.donated(step, start(fresh()), *batch),
         "funcnets, fused torch.optim, compiled": lambda: networks.torch_optim(
             model, loss, fresh(), *batch, compiled=True

@@ -61,7 +61,8 @@ def test_families_make_what_torchvisions_make(script, family):
         with torch.random.fork_rng():
             (row,) = script.families.WORKLOADS[f"{family}, {kind}"](script.Settings(1, True))
         assert not row.reported
-        assert set(row.contenders) == {row.ours, "nn.Module, eager"}
+        assert len(row.contenders) == (2 if kind == "forward" else 3)
+        assert row.rival == "nn.Module, eager"
         assert row.target == 1.05
 
 
