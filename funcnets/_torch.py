@@ -156,7 +156,7 @@ def distinct(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[int]]:
 
 
 def laid_out(gradient: Tensor, like: Tensor) -> Tensor:
-    """The gradient with the strides of its parameter, as ``backward()`` leaves it in ``.grad``.
+    """The gradient with the strides of its (dense) parameter, as ``backward()`` leaves it.
 
     A gradient comes channels last where the images are so, or with strides of 0; the fused kernels
     of torch.optim go through memory as it lies, and do not look.

@@ -105,7 +105,9 @@ def _gradient_and_value(
         tree.unflatten_like(args[place], [next(rest) for _ in held])
         for place, held in zip(chosen, found, strict=True)
     )
-    value, aux = value.detach(), tree.map(_detached, aux) if len(connected) > 1 else aux
+    value = value.detach()
+    if len(connected) > 1:  # the value is one of them
+        aux = tree.map(_detached, aux)
     return gradients[0] if isinstance(argnums, int) else gradients, (
         (value, aux) if has_aux else value
     )

@@ -10,6 +10,7 @@ two trees differ.
 from __future__ import annotations
 
 import builtins
+import functools
 import operator
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -56,15 +57,9 @@ def unflatten(structure: Structure | None, leaves: list[Any]) -> Any:
     A TensorDict keeps its batch size where its new leaves still begin with it, and has batch size
     ``[]`` otherwise.
     """
-    rest = iter(leaves)
-    build = _builder(leaves)
-    try:
-        tree = next(rest) if structure is None else _unflatten(structure, rest, build)
-    except StopIteration:
-        raise ValueError("unflatten: fewer leaves than the structure has places") from None
-    if (extra := sum(1 for _ in rest)) > 0:
-        raise ValueError(f"unflatten: {extra} more leaves than the structure has places")
-    return tree
+    if structure is None:
+        return _spend("unflatten", leaves, lambda rest, _: next(rest))
+    return _spend("unflatten", leaves, functools.partial(_unflatten, structure))
 
 
 def unflatten_like(tree: Any, leaves: list[Any]) -> Any:
@@ -73,14 +68,7 @@ def unflatten_like(tree: Any, leaves: list[Any]) -> Any:
     >>> unflatten_like({"a": 1, "b": (2, None)}, [3, 4])
     {'a': 3, 'b': (4, None)}
     """
-    rest = iter(leaves)
-    try:
-        built = _refill(tree, rest, _builder(leaves))
-    except StopIteration:
-        raise ValueError("unflatten_like: fewer leaves than the tree has places") from None
-    if (extra := sum(1 for _ in rest)) > 0:
-        raise ValueError(f"unflatten_like: {extra} more leaves than the tree has places")
-    return built
+    return _spend("unflatten_like", leaves, functools.partial(_refill, tree))
 
 
 class Template:
@@ -273,6 +261,18 @@ def _collect(tree: Any, leaves: list[Any]) -> None:
             leaves.append(child)
         else:
             _collect(child, leaves)
+
+
+def _spend(name: str, leaves: list[Any], fill: Callable[..., Any]) -> Any:
+    """What ``fill(iterator, build)`` makes of the leaves, all of which it has to take."""
+    rest = iter(leaves)
+    try:
+        tree = fill(rest, _builder(leaves))
+    except StopIteration:
+        raise ValueError(f"{name}: fewer leaves than there are places") from None
+    if (extra := sum(1 for _ in rest)) > 0:
+        raise ValueError(f"{name}: {extra} more leaves than there are places")
+    return tree
 
 
 def _unflatten(

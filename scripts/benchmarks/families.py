@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from benchmarks import machine, networks, steps
 from benchmarks.race import Case, Contender, Workloads, races
-from funcnets import models, random, tree
+from funcnets import Model, models, random, tree
 
 TARGET = 1.05
 
@@ -42,23 +42,33 @@ FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
+def model(family: str) -> Model:
+    """Ours, of ten classes."""
+    return getattr(models, family)(num_classes=10, **FAMILIES[family][0])
+
+
 def network(family: str) -> nn.Module:
     """Torchvision's."""
     return getattr(torchvision.models, family)(num_classes=10, **FAMILIES[family][1])
 
 
+def batch(quick: bool) -> tuple[Tensor, Tensor]:
+    """Images and their classes."""
+    return steps.images(2 if quick else 16, 64)
+
+
 def forward(family: str, quick: bool) -> Case:
     """Logits at inference."""
-    model = getattr(models, family)(num_classes=10, **FAMILIES[family][0])
-    params = networks.copied(model.init(random.key(0)))
-    x = machine.place(steps.images(2 if quick else 16, 64)[0])
+    own = model(family)
+    params = networks.copied(own.init(random.key(0)))
+    x = machine.place(batch(quick)[0])
 
     def module() -> Contender:
         theirs = network(family)
         tree.to_module(params, theirs)
         return inference(machine.place_module(theirs).eval(), x)
 
-    ours = partial(model.apply, params)
+    ours = partial(own.apply, params)
     return Case({}, {"funcnets, eager": lambda: inference(ours, x), "nn.Module, eager": module})
 
 
@@ -76,9 +86,8 @@ def inference(f: Callable[[Tensor], Tensor], x: Tensor) -> Contender:
 
 def training_step(family: str, quick: bool) -> Case:
     """A step, by our gradients, and by backward() through our model and through a module."""
-    model = getattr(models, family)(num_classes=10, **FAMILIES[family][0])
-    batch = steps.images(2 if quick else 16, 64)
-    case = steps.training_step(model, partial(network, family), *batch, F.cross_entropy)
+    build = partial(network, family)
+    case = steps.training_step(model(family), build, *batch(quick), F.cross_entropy)
     names = "funcnets, fused torch.optim", "funcnets, backward()", "nn.Module, eager"
     return case._replace(contenders={name: case.contenders[name] for name in names})
 

@@ -248,7 +248,7 @@ def torch_optim(
 
     def run() -> None:
         nonlocal buffers
-        adam.zero_grad()  # their memory is that of the new ones
+        adam.zero_grad()  # as for a module: what is let go of serves the new gradients
         gradients, buffers = gradients_at(trained, buffers, *batch)
         for leaf, gradient in zip(leaves, tree.leaves(gradients), strict=True):
             leaf.grad = gradient
