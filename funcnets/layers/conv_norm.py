@@ -85,7 +85,7 @@ def conv_norm(
     found = entries(params)
     if padding is None:
         kernel = entries(found["0"])["weight"].shape[2:]
-        padding = tuple((size - 1) // 2 * dilation for size in kernel)
+        padding = [(size - 1) // 2 * dilation for size in kernel]
     x = conv(found["0"], x, stride=stride, padding=padding, dilation=dilation, groups=groups)
     x, buffers = with_buffers(batch_norm, found["1"], x, train=train, momentum=momentum, eps=eps)
     if activation is not None:

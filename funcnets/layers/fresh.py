@@ -16,13 +16,25 @@ from torch import Tensor
 from funcnets import _torch
 from funcnets.layers.activations import Activation
 
-# Those whose derivative is told by their outputs; the others would keep a copy of the input.
-_IN_PLACE: frozenset[Callable[..., Tensor]] = frozenset({F.relu, F.relu6})
+# Those whose derivative is told by their outputs; for the others autograd would copy the input.
+_BY_OUTPUTS: frozenset[Callable[..., Tensor]] = frozenset({F.relu, F.relu6})
+_WITHOUT_GRADIENT: frozenset[Callable[..., Tensor]] = _BY_OUTPUTS | {
+    F.celu,
+    F.elu,
+    F.hardsigmoid,
+    F.hardswish,
+    F.hardtanh,
+    F.leaky_relu,
+    F.mish,
+    F.selu,
+    F.silu,
+}
 
 
 def activate_fresh(activation: Activation, x: Tensor) -> Tensor:
     """``activation(x)``, in the memory of ``x`` where that gains something."""
-    if activation not in _IN_PLACE or _torch.inlining():
+    known = _BY_OUTPUTS if x.requires_grad else _WITHOUT_GRADIENT
+    if activation not in known or _torch.inlining():
         return activation(x)
     return activation(x, inplace=True)  # type: ignore[call-arg]
 

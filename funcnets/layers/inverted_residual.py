@@ -141,22 +141,23 @@ def inverted_residual(
     torch.Size([1, 16, 3, 3])
     """
     block = entries(entries(params)["block"])
-    parts = [entries(block[str(i)]) for i in range(len(block))]
-    convolutions = [i for i, part in enumerate(parts) if "fc1" not in part]
-    spatial, last = convolutions[-2:][0], convolutions[-1]
+    last = len(block) - 1
+    squeeze = last - 1 if last and "fc1" in entries(block[str(last - 1)]) else None
+    spatial = max(last - (1 if squeeze is None else 2), 0)
     out, new = x, {}
-    for i, part in enumerate(parts):
-        if i not in convolutions:
-            out = squeeze_excitation(block[str(i)], out, activation=squeeze_activation, gate=gate)
+    for i in range(last + 1):
+        part = block[str(i)]
+        if i == squeeze:
+            out = squeeze_excitation(part, out, activation=squeeze_activation, gate=gate)
             continue
         out, new[str(i)] = with_buffers(
             conv_norm,
-            block[str(i)],
+            part,
             out,
             train=train,
             stride=stride if i == spatial else 1,
             dilation=dilation if i == spatial else 1,
-            groups=out.shape[1] // entries(part["0"])["weight"].shape[1],
+            groups=out.shape[1] // entries(entries(part)["0"])["weight"].shape[1],
             activation=activation if i == spatial or i != last else None,
             momentum=momentum,
             eps=eps,

@@ -118,7 +118,7 @@ def batch_norm(
     weight, bias = found.get("weight", None), found.get("bias", None)
     mean, var = found.get("running_mean", None), found.get("running_var", None)
     if not train and mean is not None and var is not None:
-        return F.batch_norm(x, mean.detach(), var.detach(), weight, bias, False, 0.0, eps)
+        return _with_constants(x, weight, bias, mean, var, eps)
     count = math.prod(x.shape) // x.shape[1]
     if count <= 1:
         fail(layer, "x", "more than one value per channel in training", x.shape)
@@ -129,7 +129,9 @@ def batch_norm(
     if isinstance(momentum, float) and not _torch.inlining():
         # torch's own update in place, of copies: a third of the operators.
         new = mean.detach().clone(), var.detach().clone()
-        outputs = F.batch_norm(x, *new, weight, bias, True, momentum, eps)
+        outputs = torch.batch_norm(
+            x, weight, bias, *new, True, momentum, eps, torch.backends.cudnn.enabled
+        )
         return outputs, tensordict({"running_mean": new[0], "running_var": new[1]})
     outputs, batch_mean, batch_var = _normalize(x, weight, bias, eps)
     return outputs, _new_statistics(mean, var, batch_mean, batch_var, momentum)
@@ -220,7 +222,7 @@ def instance_norm(
     weight, bias = found.get("weight", None), found.get("bias", None)
     mean, var = found.get("running_mean", None), found.get("running_var", None)
     if not train and mean is not None and var is not None:
-        return F.batch_norm(x, mean.detach(), var.detach(), weight, bias, False, 0.0, eps)
+        return _with_constants(x, weight, bias, mean, var, eps)
     if math.prod(x.shape[2:]) <= 1:
         fail(layer, "x", "more than one value per channel and sample", x.shape)
     if not train:
@@ -384,6 +386,21 @@ def _affine(
     if bias:
         found["bias"] = (bias_init or zeros())(bias_key, size, dtype)
     return found
+
+
+def _with_constants(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+) -> Tensor:
+    """Batch norm by running statistics, of which no gradient is taken."""
+    # What F.batch_norm calls, without its look at each argument.
+    return torch.batch_norm(
+        x, weight, bias, mean.detach(), var.detach(), False, 0.0, eps, torch.backends.cudnn.enabled
+    )
 
 
 def _normalize(

@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from einops import reduce
 from jaxtyping import Float
 from tensordict import TensorDict
 from torch import Tensor
@@ -15,6 +14,8 @@ from funcnets import random
 from funcnets.layers.activations import Activation
 from funcnets.layers.conv import conv, init_conv
 from funcnets.layers.initializers import Initializer
+from funcnets.layers.params import entries
+from funcnets.layers.pooling import adaptive_avg_pool2d
 from funcnets.random import Key
 
 
@@ -57,6 +58,6 @@ def squeeze_excitation(
     >>> squeeze_excitation(params, torch.ones(2, 16, 5, 5)).shape
     torch.Size([2, 16, 5, 5])
     """
-    squeezed = reduce(x, "batch channels height width -> batch channels 1 1", "mean")
-    squeezed = activation(conv(params["fc1"], squeezed))
-    return x * gate(conv(params["fc2"], squeezed))
+    found = entries(params)
+    squeezed = activation(conv(found["fc1"], adaptive_avg_pool2d(x, 1)))
+    return x * gate(conv(found["fc2"], squeezed))

@@ -25,6 +25,7 @@ from funcnets.layers import (
     linear,
     with_buffers,
 )
+from funcnets.layers.params import entries
 from funcnets.model import Model, bind
 from funcnets.models import blocks
 from funcnets.models import stages as tables
@@ -310,7 +311,7 @@ def forward(
     draws = train and (config.dropout > 0 or config.stochastic_depth > 0)
     keys = blocks.draw_keys("efficientnet", key, draws, depth + 1)
     tap, new = Taps("efficientnet", taps), {}
-    features = params["features"]
+    features = entries(params["features"])
     options: dict[str, Any] = {
         "activation": F.silu,
         "momentum": config.momentum,
@@ -322,12 +323,12 @@ def forward(
     block = 0
     for i in range(len(config.stages)):
         name = str(i + 1)
-        found: dict[str, Any] = {}
+        stage, found = entries(features[name]), {}
         for j, (_, stride) in enumerate(config.blocks(i)):
             rate = config.stochastic_depth * block / depth
             x, found[str(j)] = with_buffers(
                 inverted_residual,
-                features[name, str(j)],
+                stage[str(j)],
                 x,
                 train=train,
                 stride=stride,

@@ -25,6 +25,7 @@ from funcnets.layers import (
     with_buffers,
 )
 from funcnets.layers.fresh import add_fresh
+from funcnets.layers.params import entries
 from funcnets.model import Model, bind
 from funcnets.models import blocks, stages
 from funcnets.models.stages import divisible
@@ -184,7 +185,7 @@ def forward(
     check(x, config)
     keys = blocks.draw_keys("mobilenet_v2", key, train and config.dropout > 0, 1)
     tap, new = Taps("mobilenet_v2", taps), {}
-    features = params["features"]
+    features = entries(params["features"])
     x, new["0"] = with_buffers(
         conv_norm, features["0"], x, train=train, stride=2, activation=F.relu6
     )
@@ -228,8 +229,8 @@ def block(
     train: bool = False,
 ) -> Any:
     """Expand, convolve depthwise, project; plus the input where it has the shape of the result."""
-    conv, new, out = params["conv"], {}, x
-    normed = len(conv.keys()) - 2
+    conv, new, out = entries(entries(params)["conv"]), {}, x
+    normed = len(conv) - 2
     for i in range(normed):
         depthwise = i == normed - 1
         out, new[str(i)] = with_buffers(

@@ -25,6 +25,7 @@ from funcnets.layers import (
     with_buffers,
 )
 from funcnets.layers.activations import ACTIVATIONS
+from funcnets.layers.params import entries
 from funcnets.model import Model, bind
 from funcnets.models import blocks, stages
 from funcnets.models.stages import divisible
@@ -241,7 +242,7 @@ def forward(
     check(x, config)
     keys = blocks.draw_keys("mobilenet_v3", key, train and config.dropout > 0, 1)
     tap, new = Taps("mobilenet_v3", taps), {}
-    features, classifier = params["features"], params["classifier"]
+    features, classifier = entries(params["features"]), params["classifier"]
     normed = partial(conv_norm, activation=F.hardswish, **NORM)
     x, new["0"] = with_buffers(normed, features["0"], x, train=train, stride=2)
     x = tap("features.0", x)

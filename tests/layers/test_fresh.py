@@ -78,12 +78,25 @@ def test_what_the_vmap_does_not_map_is_no_place_for_members():
     torch.testing.assert_close(added, weight + 1 + x)
 
 
-@pytest.mark.parametrize("name", ["relu", "relu6"])
+IN_PLACE = ("celu", "elu", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "mish", "selu")
+
+
+@pytest.mark.parametrize("name", ["relu", "relu6", "silu", *IN_PLACE])
 def test_no_second_piece_of_memory(name):
     x = draw(0)
+    wanted = ACTIVATIONS[name](x)
     assert activate_fresh(ACTIVATIONS[name], x).data_ptr() == x.data_ptr()
+    assert torch.equal(x, wanted)
     other = draw(1)
     assert add_fresh(x, other).data_ptr() == x.data_ptr() != other.data_ptr()
+
+
+@pytest.mark.parametrize("name", ["silu", *IN_PLACE])
+def test_new_memory_where_the_derivative_asks_for_the_input(name):
+    x = draw(0).requires_grad_() * 1
+    before = x.detach().clone()
+    assert activate_fresh(ACTIVATIONS[name], x).data_ptr() != x.data_ptr()
+    assert torch.equal(x, before)
 
 
 def test_new_memory_where_the_sum_has_another_shape_or_dtype():
