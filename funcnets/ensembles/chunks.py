@@ -52,11 +52,11 @@ def chunked(
     def run(*arguments: Any) -> Any:
         dims = in_dims if isinstance(in_dims, tuple) else (in_dims,) * len(arguments)
         mapped = [one for one, dim in zip(arguments, dims, strict=True) if dim == 0]
-        sizes = [leaf.shape[0] for leaf in tree.leaves(mapped) if leaf.ndim]
-        if not sizes or min(sizes) <= chunk:
-            return whole(*arguments)
+        sizes = {leaf.shape[0] if leaf.ndim else 0 for leaf in tree.leaves(mapped)}
+        if len(sizes) != 1 or max(sizes) <= chunk:
+            return whole(*arguments)  # vmap says what is wrong with members of several numbers
         parts = []
-        for start in range(0, sizes[0], chunk):
+        for start in range(0, max(sizes), chunk):
             place = slice(start, start + chunk)
             part = [
                 members(one, place) if dim == 0 else one

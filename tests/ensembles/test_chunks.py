@@ -49,6 +49,17 @@ def test_as_the_whole(count, chunk):
     assert again[0].nothing.batch_size == (count,)
 
 
+@given(st.integers(1, 6), st.integers(1, 6), st.sampled_from([1, 2, 3, "auto"]))
+def test_members_of_several_numbers_are_told_as_vmap_tells_them(first, second, chunk):
+    x, y = torch.ones(first, 2), {"y": torch.ones(second)}
+    add = ensembles.chunked(lambda x, tree: x + tree["y"], chunk)
+    if first == second:
+        assert add(x, y).shape == (first, 2)
+    else:
+        with pytest.raises(ValueError, match=f"sizes.*{first}.*{second}"):
+            add(x, y)
+
+
 @pytest.mark.parametrize(("cost", "fastest"), [(lambda n: n**2, 1), (lambda n: 20 / n, 20)])
 def test_auto_takes_what_is_fastest_for_each_shape(cost, fastest, monkeypatch):
     sizes, clock = [], [0.0]
