@@ -1,8 +1,17 @@
-"""What a call of a compiled function costs beyond the graph it runs."""
+"""What a call of a compiled function costs beyond the graph it runs; also a program.
+
+    python -m benchmarks.overhead 15 full
+
+prints the rows of so many rounds: in a process of its own, for where others have left memory in
+pieces Python takes half as long again.
+"""
 
 from __future__ import annotations
 
+import json
 import statistics
+import sys
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -10,6 +19,7 @@ from tensordict import TensorDict
 
 import funcnets
 from benchmarks import machine
+from benchmarks.processes import answer
 from benchmarks.race import Row, Settings, Workloads, spread
 from funcnets import optim, tree
 
@@ -32,6 +42,12 @@ def nested(leaves: int) -> TensorDict:
 
 def call(settings: Settings) -> list[Row]:
     """A step of gradient descent over one tree of 120 leaves, and of Adam over three of them."""
+    size = "quick" if settings.quick else "full"
+    return [Row(**row) for row in answer("-m", __spec__.name, str(settings.rounds), size)]
+
+
+def measure(settings: Settings) -> list[Row]:
+    """The same, in this process."""
     steps = {"one tree of 120 leaves": optim.sgd(1e-3), "three trees, Adam": optim.adam(1e-3)}
     return [_above_flat(name, optimizer, settings) for name, optimizer in steps.items()]
 
@@ -100,3 +116,7 @@ def _above_flat(name: str, optimizer: optim.Optimizer, settings: Settings) -> Ro
 
 
 WORKLOADS: Workloads = {"call overhead": call}
+
+if __name__ == "__main__":
+    rounds, size = sys.argv[1:]
+    print(json.dumps([asdict(row) for row in measure(Settings(int(rounds), size == "quick"))]))
