@@ -55,6 +55,19 @@ def test_the_workloads_of_a_gpu_in_small(script):
             assert row.share == pytest.approx(reached / script.machine.rates()[0])
 
 
+def test_a_call_is_measured_in_a_process_of_its_own(script):
+    rows = script.overhead.call(script.Settings(2, True))
+    assert [row.workload for row in rows] == [
+        "call of a compiled step, one tree of 120 leaves",
+        "call of a compiled step, three trees, Adam",
+    ]
+    for row in rows:
+        assert row.holds == (row.value <= row.target == 0.2)
+        assert set(row.contenders) == {row.ours, row.rival}
+        ours, flat = (row.contenders[name]["median"] for name in (row.ours, row.rival))
+        assert 0 < flat < ours
+
+
 @pytest.mark.parametrize("family", ["mobilenet_v3_small", "efficientnet_b0"])
 def test_families_make_what_torchvisions_make(script, family):
     for kind in ("forward", "training step"):
