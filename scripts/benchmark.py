@@ -166,7 +166,7 @@ def draw(rows: list[Row], path: Path) -> None:
             axes.errorbar(share, y, xerr=ends, color="black", capsize=2, linewidth=1)
         unit = "" if row.unit == "ratio" else f" {row.unit}"
         axes.text(0.02, y, f"{row.value:.2f}{unit}", va="center", fontsize=8, color="white")
-    axes.set_yticks(range(len(shown)), [f"{r.workload} ({r.target:g})" for r in reversed(shown)])
+    axes.set_yticks(range(len(shown)), [f"{r.workload} ({r.target:.3g})" for r in reversed(shown)])
     axes.axvline(1, color="black", linewidth=1)
     axes.set(xlabel="of the target (in brackets); left of the line it is reached")
     figure.savefig(path, dpi=110)
