@@ -2,8 +2,8 @@
 
     python -m benchmarks.overhead 15 full
 
-prints the rows of so many rounds: in a process of its own, for where others have left memory in
-pieces Python takes half as long again.
+prints the rows of so many rounds: in a process of its own, for after the other workloads the same
+call takes half as long again.
 """
 
 from __future__ import annotations
