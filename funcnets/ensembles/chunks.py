@@ -53,10 +53,11 @@ def chunked(
         dims = in_dims if isinstance(in_dims, tuple) else (in_dims,) * len(arguments)
         mapped = [one for one, dim in zip(arguments, dims, strict=True) if dim == 0]
         sizes = {leaf.shape[0] if leaf.ndim else 0 for leaf in tree.leaves(mapped)}
-        if len(sizes) != 1 or max(sizes) <= chunk:
+        size = max(sizes, default=0)
+        if len(sizes) > 1 or size <= chunk:
             return whole(*arguments)  # vmap says what is wrong with members of several numbers
         parts = []
-        for start in range(0, max(sizes), chunk):
+        for start in range(0, size, chunk):
             place = slice(start, start + chunk)
             part = [
                 members(one, place) if dim == 0 else one

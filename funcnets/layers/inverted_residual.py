@@ -142,12 +142,12 @@ def inverted_residual(
     """
     block = entries(entries(params)["block"])
     last = len(block) - 1
-    squeeze = last - 1 if last and "fc1" in entries(block[str(last - 1)]) else None
-    spatial = max(last - (1 if squeeze is None else 2), 0)
+    squeezes = last > 0 and "fc1" in entries(block[str(last - 1)])
+    spatial = max(last - 1 - squeezes, 0)
     out, new = x, {}
     for i in range(last + 1):
         part = block[str(i)]
-        if i == squeeze:
+        if squeezes and i == last - 1:
             out = squeeze_excitation(part, out, activation=squeeze_activation, gate=gate)
             continue
         out, new[str(i)] = with_buffers(

@@ -118,20 +118,18 @@ def batch_norm(
     weight, bias = found.get("weight", None), found.get("bias", None)
     mean, var = found.get("running_mean", None), found.get("running_var", None)
     if not train and mean is not None and var is not None:
-        return _with_constants(x, weight, bias, mean, var, eps)
+        return _batch_norm(x, weight, bias, mean.detach(), var.detach(), False, 0.0, eps)
     count = math.prod(x.shape) // x.shape[1]
     if count <= 1:
         fail(layer, "x", "more than one value per channel in training", x.shape)
     if not train:
-        return F.batch_norm(x, None, None, weight, bias, True, 0.0, eps)
+        return _batch_norm(x, weight, bias, None, None, True, 0.0, eps)
     if mean is None or var is None:
         return _normalize(x, weight, bias, eps)[0], TensorDict({})
     if isinstance(momentum, float) and not _torch.inlining():
         # torch's own update in place, of copies: a third of the operators.
         new = mean.detach().clone(), var.detach().clone()
-        outputs = torch.batch_norm(
-            x, weight, bias, *new, True, momentum, eps, torch.backends.cudnn.enabled
-        )
+        outputs = _batch_norm(x, weight, bias, *new, True, momentum, eps)
         return outputs, tensordict({"running_mean": new[0], "running_var": new[1]})
     outputs, batch_mean, batch_var = _normalize(x, weight, bias, eps)
     return outputs, _new_statistics(mean, var, batch_mean, batch_var, momentum)
@@ -222,7 +220,7 @@ def instance_norm(
     weight, bias = found.get("weight", None), found.get("bias", None)
     mean, var = found.get("running_mean", None), found.get("running_var", None)
     if not train and mean is not None and var is not None:
-        return _with_constants(x, weight, bias, mean, var, eps)
+        return _batch_norm(x, weight, bias, mean.detach(), var.detach(), False, 0.0, eps)
     if math.prod(x.shape[2:]) <= 1:
         fail(layer, "x", "more than one value per channel and sample", x.shape)
     if not train:
@@ -388,19 +386,19 @@ def _affine(
     return found
 
 
-def _with_constants(
+def _batch_norm(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
+    train: bool,
+    momentum: float,
     eps: float,
 ) -> Tensor:
-    """Batch norm by running statistics, of which no gradient is taken."""
-    # What F.batch_norm calls, without its look at each argument.
-    return torch.batch_norm(
-        x, weight, bias, mean.detach(), var.detach(), False, 0.0, eps, torch.backends.cudnn.enabled
-    )
+    """What F.batch_norm calls, without its look at each argument."""
+    cudnn = torch.backends.cudnn.enabled
+    return torch.batch_norm(x, weight, bias, mean, var, train, momentum, eps, cudnn)
 
 
 def _normalize(
