@@ -437,7 +437,7 @@ def unseen_alphabets(known: data.Omniglot, other: data.Omniglot) -> list[str]:
 def draw(
     path: Path, curve: np.ndarray, curves: dict[str, metrics.Roc], trials: Trials, ink: Tensor
 ) -> None:
-    """The learning curve, the verification of pairs, and the pairs most wrongly told apart."""
+    """The learning curve, the verification of pairs, and the drawings most wrongly told apart."""
     figure = plt.figure(figsize=(14, 4.2), layout="constrained")
     left, middle, right = figure.subfigures(1, 3)
 
@@ -461,24 +461,26 @@ def draw(
     axes.set(xscale="log", yscale="log", xlim=(0.1, 100), ylim=(0.1, 100))
     axes.legend(fontsize=8)
 
-    right.suptitle("nearest, yet wrong: drawn, the true one, the one taken", fontsize=10)
+    right.suptitle("another drawing was nearer than the true one", fontsize=10)
     own = rearrange(torch.diagonal(trials.distances, dim1=1, dim2=2), "r t -> (r t)")
     nearest, taken = rearrange(trials.distances, "r t g -> (r t) g").min(1)
     tests, given = trials.tests.flatten(), trials.given.flatten()
-    rows: dict[tuple[int, int], int] = {}
+    rows: dict[int, tuple[int, int, int]] = {}  # the worst for each of the true ones
     for place in (own - nearest).argsort(descending=True).tolist():
-        run = place // trials.given.shape[1] * trials.given.shape[1]
-        if own[place] > nearest[place]:
-            pair = int(tests[place]), int(given[run + taken[place]])
-            rows.setdefault(pair, int(given[place]))
-        if len(rows) == 8:
+        if own[place] <= nearest[place] or len(rows) == 8:
             break
-    grid = right.subplots(4, 6, squeeze=False)
+        run = place // trials.given.shape[1] * trials.given.shape[1]
+        row = int(tests[place]), int(given[place]), int(given[run + taken[place]])
+        rows.setdefault(row[1], row)
+    grid = right.subplots(4, 7, squeeze=False, width_ratios=(1, 1, 1, 0.3, 1, 1, 1))
     for axes in grid.flat:
         axes.axis("off")
-    for i, ((test, mistaken), true) in enumerate(rows.items()):
-        for j, drawing in enumerate((test, true, mistaken)):
-            grid[i // 2, 3 * (i % 2) + j].imshow(ink[drawing, 0], cmap="gray_r")
+    for i, row in enumerate(rows.values()):
+        for j, (title, drawing) in enumerate(zip(("drawn", "true", "taken"), row, strict=True)):
+            axes = grid[i // 2, 4 * (i % 2) + j]
+            axes.imshow(ink[drawing, 0], cmap="gray_r")
+            if i < 2:
+                axes.set_title(title, fontsize=9)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -1,8 +1,8 @@
 """How time and memory grow with sizes: ``scripts/benchmark.py --growth``.
 
 The time of one training step and the most memory it holds are measured against members, depth,
-batch and parameters, at sizes that double. The exponent is fitted over the larger half of them: 1
-is linear.
+batch and parameters, at sizes that double; at each size the contenders take turns. The exponent is
+fitted over the larger half of the sizes: 1 is linear.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import nn
 from torch.func import vmap
 
 from benchmarks import ensembles, machine, memory, networks
-from benchmarks.race import OURS, Contender, Row, Settings, Workloads
+from benchmarks.race import OURS, Contender, Row, Settings, Workloads, spread, timed
 from funcnets import Model, models, random
 from funcnets.ensembles import chunked
 
@@ -121,34 +121,36 @@ def measure(name: str, settings: Settings) -> list[Row]:
     """A row for the time and one for our memory, and how the others grow."""
     curve = curves(settings.quick)[name]
     work = [curve.work(size) for size in curve.sizes]
-    times: dict[str, list[float]] = {}
-    peaks: dict[str, list[float]] = {}
+    times: dict[str, list[dict[str, float]]] = {}
+    peaks: dict[str, list[dict[str, float]]] = {}
     for size in curve.sizes:
+        held: dict[str, Contender] = {}  # those of the size before are let go of
         for contender, build in curve.contenders(size).items():
             before = memory.live()
-            step = build().step
-            step()
-            held = memory.live() - before
-            taken = [machine.seconds(step) for _ in range(settings.rounds)]
-            times.setdefault(contender, []).append(statistics.median(taken))
+            held[contender] = build()
+            held[contender].step()
             if contender.startswith(OURS):  # a module's gradients are no objects of Python's
-                peaks.setdefault(contender, []).append(held + memory.growth_within(step))
+                own = memory.live() - before
+                peak = own + memory.growth_within(held[contender].step)
+                peaks.setdefault(contender, []).append({"bytes": peak})
+        for contender, taken in timed(held, settings.rounds).items():
+            times.setdefault(contender, []).append(spread(taken))
     rows = []
-    for what, found in (("time", times), ("memory", peaks)):
-        value = exponent(work, found["funcnets"])
-        row = Row(f"{what} against {name}", LINEAR, value, "exponent", ours="funcnets")
+    for what, key, found in (("time", "median", times), ("memory", "bytes", peaks)):
+        slopes = {
+            contender: exponent(work, [one[key] for one in values])
+            for contender, values in found.items()
+        }
+        row = Row(f"{what} against {name}", LINEAR, slopes[OURS], "exponent", ours=OURS)
         for contender, values in found.items():
             for size, one in zip(work, values, strict=True):
-                key = "bytes" if what == "memory" else "median"
-                measured = {"size": float(size), key: one}
-                row.contenders[f"{contender}, {size}"] = measured | (
-                    {} if what == "memory" else {"low": one, "high": one}
-                )
-            if contender != "funcnets":
-                row.notes[contender] = f"exponent {exponent(work, values):.2f}"
+                row.contenders[f"{contender}, {size}"] = {"size": float(size)} | one
+            if contender != OURS:
+                row.notes[contender] = f"exponent {slopes[contender]:.2f}"
         rows.append(row)
     if (loop := times.get("nn.Module one by one")) is not None:
-        rows[0].notes["vmap"] = crossing(curve.sizes, times["funcnets"], loop)
+        medians = ([one["median"] for one in values] for values in (times[OURS], loop))
+        rows[0].notes["vmap"] = crossing(curve.sizes, *medians)
     return rows
 
 

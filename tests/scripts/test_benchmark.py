@@ -182,6 +182,13 @@ def test_growth_over_members_names_where_vmap_stops_paying(script):
         assert row.holds == (row.value <= script.growth.LINEAR)
 
 
+def test_the_memory_of_members_is_that_of_one_as_many_times(script):
+    with torch.random.fork_rng():
+        _, row = script.growth.measure("members, MLP", script.Settings(1, True))
+    each = [found["bytes"] / found["size"] for found in row.contenders.values()]
+    assert max(each) < 1.05 * min(each)  # whatever was held of the contenders before
+
+
 def test_growth_says_how_everybodys_time_and_memory_grow(script):
     with torch.random.fork_rng():
         rows = script.growth.measure("depth", script.Settings(1, True))
