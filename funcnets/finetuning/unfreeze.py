@@ -11,7 +11,7 @@ from torch import Tensor
 
 from funcnets.optim.base import Optimizer
 from funcnets.optim.leafwise import aligned, check_state, new_step
-from funcnets.tree.flatten import Tree, flatten, leaves_with_path, unflatten
+from funcnets.tree.flatten import Tree, leaves_with_path, unflatten_like
 from funcnets.tree.select import Where, matcher
 
 
@@ -78,13 +78,12 @@ def unfreezing(optimizer: Optimizer, starts: Mapping[Where, int | Int64[Tensor, 
     ) -> tuple[Tree, UnfreezingState]:
         check_state("unfreezing", UnfreezingState, state)
         updates, inner = optimizer.update(grads, state.inner, params, value)
-        _, structure = flatten(params)
-        changes = aligned("unfreezing: updates", updates, params, structure)
+        changes = aligned("unfreezing: updates", updates, params)
         begun = [state.step >= start for _, start in rules]
         changes = [
             change if i is None else torch.where(begun[i], change, 0.0)
             for change, i in zip(changes, places(params), strict=True)
         ]
-        return unflatten(structure, changes), UnfreezingState(state.step + 1, inner)
+        return unflatten_like(params, changes), UnfreezingState(state.step + 1, inner)
 
     return Optimizer(init, update)

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from funcnets.optim.leafwise import aligned, check_state
-from funcnets.tree.flatten import Tree, flatten, unflatten
+from funcnets.tree.flatten import Tree, leaves, unflatten_like
 
 
 class Update(Protocol):
@@ -58,11 +58,8 @@ def apply_updates(params: Tree, updates: Tree) -> Tree:
     >>> apply_updates({"a": torch.ones(2)}, {"a": -torch.ones(2)})
     {'a': tensor([0., 0.])}
     """
-    leaves, structure = flatten(params)
-    changes = aligned("updates", updates, params, structure)
-    return unflatten(
-        structure, [leaf + change for leaf, change in zip(leaves, changes, strict=True)]
-    )
+    pairs = zip(leaves(params), aligned("updates", updates, params), strict=True)
+    return unflatten_like(params, [leaf + change for leaf, change in pairs])
 
 
 class ChainState(NamedTuple):

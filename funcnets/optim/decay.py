@@ -21,7 +21,7 @@ from funcnets.optim.leafwise import (
     new_step,
     resolve,
 )
-from funcnets.tree.flatten import Tree, flatten, leaves_with_path, unflatten
+from funcnets.tree.flatten import Tree, leaves_with_path, unflatten_like
 from funcnets.tree.select import Where, matcher
 
 
@@ -84,14 +84,13 @@ def decayed(
         rate = -resolve(learning_rate, state.step) * resolve(weight_decay, state.step)
         if matches is None:
             return leafwise(name, rule, (rate,), updates, params)[0], new
-        _, structure = flatten(params)
         changes = [
             add_scaled(change, as_leaf(rate, leaf), leaf) if matches(path, leaf) else change
             for (path, leaf), change in zip(
-                leaves_with_path(params), aligned(name, updates, params, structure), strict=True
+                leaves_with_path(params), aligned(name, updates, params), strict=True
             )
         ]
-        return unflatten(structure, changes), new
+        return unflatten_like(params, changes), new
 
     def rule(scalars: list[Number], change: Tensor, param: Tensor) -> tuple[Tensor]:
         return (add_scaled(change, scalars[0], param),)

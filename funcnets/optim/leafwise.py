@@ -12,14 +12,14 @@ from torch import Size, Tensor
 
 from funcnets import _torch
 from funcnets.tree.flatten import (
-    Structure,
     Tree,
     describe,
-    flatten,
     join,
+    leaves,
+    leaves_like,
     leaves_with_path,
     map,
-    unflatten,
+    unflatten_like,
 )
 
 Schedule: TypeAlias = Callable[[Int64[Tensor, ""]], Float[Tensor, ""]]
@@ -82,7 +82,7 @@ def is_absent(moment: Tree) -> bool:
 
 def new_step(params: Tree) -> Int64[Tensor, ""]:
     """Zero, as a tensor of shape [] on the device of the parameters."""
-    for leaf in flatten(params)[0]:
+    for leaf in leaves(params):
         return leaf.new_zeros((), dtype=torch.int64)  # under vmap: one for each member
     return torch.zeros((), dtype=torch.int64)
 
@@ -94,7 +94,7 @@ def like(params: Tree, fill: float = 0.0) -> Tree:
 
 def check_params(name: str, params: Tree) -> None:
     """Raises for leaves that no gradient reaches."""
-    if all(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in flatten(params)[0]):
+    if all(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in leaves(params)):
         return
     for path, leaf in leaves_with_path(params):
         if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
@@ -110,21 +110,16 @@ def check_state(name: str, kind: type, state: Any) -> None:
         raise TypeError(f"{name}: state: expected {kind.__name__}, got {type(state).__name__}")
 
 
-def aligned(label: str, tree: Tree, params: Tree, structure: Structure | None) -> list[Any]:
+def aligned(label: str, tree: Tree, params: Tree) -> list[Any]:
     """The leaves of a tree in the order of those of the parameters.
 
     Raises:
         ValueError: where their structures differ; it names the place.
     """
-    leaves, found = flatten(tree)
-    if found == structure:
-        return leaves
-    leaves = []  # the same names in another order, or in other containers
     try:
-        map(lambda _, leaf: leaves.append(leaf), params, tree)
+        return leaves_like(tree, params)
     except ValueError as error:
         raise ValueError(f"{label}: {error}") from None
-    return leaves
 
 
 def leafwise(
@@ -152,22 +147,22 @@ def leafwise(
     Returns:
         ``(updates, *moments)``, the trees of the results.
     """
-    leaves, structure = flatten(params)
-    columns = [aligned(f"{name}: grads", grads, params, structure)]
-    _check_gradients(name, columns[0], leaves, params)
+    own = leaves(params)
+    columns = [aligned(f"{name}: grads", grads, params)]
+    _check_gradients(name, columns[0], own, params)
     for moment in moments:
         if is_absent(moment):
-            columns.append([None] * len(leaves))
+            columns.append([None] * len(own))
             continue
-        columns.append(aligned(f"{name}: state", moment, params, structure))
-    _check_moments(name, columns[1:], leaves, params, shapes)
+        columns.append(aligned(f"{name}: state", moment, params))
+    _check_moments(name, columns[1:], own, params, shapes)
 
     if at_once is None or (found := at_once(*columns)) is None:
         numbers = scalars() if callable(scalars) else scalars
-        found = _one_by_one(rule, numbers, leaves, columns)
+        found = _one_by_one(rule, numbers, own, columns)
     updates, *results = found
-    return unflatten(structure, updates), *(
-        () if is_absent(moment) else unflatten(structure, result)
+    return unflatten_like(params, updates), *(
+        () if is_absent(moment) else unflatten_like(params, result)
         for moment, result in zip(moments, results, strict=True)
     )
 

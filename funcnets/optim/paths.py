@@ -19,7 +19,7 @@ from funcnets.optim.leafwise import (
     resolve,
     scaled,
 )
-from funcnets.tree.flatten import Path, Tree, flatten, join, leaves_with_path, unflatten
+from funcnets.tree.flatten import Path, Tree, join, leaves, leaves_with_path, unflatten_like
 from funcnets.tree.select import Where, matcher
 
 
@@ -71,7 +71,7 @@ def by_path(rules: Mapping[Where, Optimizer], default: Optimizer | None = None) 
         for index, where in enumerate(rules):
             if index not in places:
                 raise ValueError(f"by_path: {where!r}: expected leaves that match, got none")
-        parts = _parted([path for path, _ in found], places, flatten(params)[0], len(optimizers))
+        parts = _parted([path for path, _ in found], places, leaves(params), len(optimizers))
         return ByPathState(
             tuple(init(part) for (init, _), part in zip(optimizers, parts, strict=True))
         )
@@ -88,26 +88,24 @@ def by_path(rules: Mapping[Where, Optimizer], default: Optimizer | None = None) 
         found = leaves_with_path(params)
         paths = [path for path, _ in found]
         places = [place(path, leaf) for path, leaf in found]
-        leaves, structure = flatten(params)
-        gradients = aligned("by_path: grads", grads, params, structure)
-        changes: list[Any] = [None] * len(leaves)
+        gradients = aligned("by_path: grads", grads, params)
+        changes: list[Any] = [None] * len(found)
         states = []
         parts = zip(
             optimizers,
             _parted(paths, places, gradients, len(optimizers)),
             state.states,
-            _parted(paths, places, leaves, len(optimizers)),
+            _parted(paths, places, leaves(params), len(optimizers)),
             strict=True,
         )
         for index, ((_, change), some_grads, inner, some_params) in enumerate(parts):
             updates, inner = change(some_grads, inner, some_params, value)
             states.append(inner)
             mine = [at for at, place in enumerate(places) if place == index]
-            _, shape = flatten(some_params)
-            some_changes = aligned("by_path: updates", updates, some_params, shape)
+            some_changes = aligned("by_path: updates", updates, some_params)
             for at, leaf in zip(mine, some_changes, strict=True):
                 changes[at] = leaf
-        return unflatten(structure, changes), ByPathState(tuple(states))
+        return unflatten_like(params, changes), ByPathState(tuple(states))
 
     return Optimizer(init, update)
 
@@ -133,17 +131,13 @@ def scale_by_path(factors: Mapping[Where, Hyperparameter]) -> Optimizer:
         grads: Tree, state: Any, params: Tree, value: Float[Tensor, ""] | None = None
     ) -> tuple[Tree, ScaleByPathState]:
         check_state("scale_by_path", ScaleByPathState, state)
-        _, structure = flatten(params)
         resolved = [(matches, resolve(factor, state.step)) for matches, factor in rules]
         changes = []
-        for (path, leaf), change in zip(
-            leaves_with_path(params),
-            aligned("scale_by_path: grads", grads, params, structure),
-            strict=True,
-        ):
+        gradients = aligned("scale_by_path: grads", grads, params)
+        for (path, leaf), change in zip(leaves_with_path(params), gradients, strict=True):
             factor = next((factor for matches, factor in resolved if matches(path, leaf)), 1.0)
             changes.append(scaled(as_leaf(factor, change), change))
-        return unflatten(structure, changes), ScaleByPathState(state.step + 1)
+        return unflatten_like(params, changes), ScaleByPathState(state.step + 1)
 
     return Optimizer(init, update)
 

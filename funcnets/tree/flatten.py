@@ -150,6 +150,22 @@ def leaves(tree: Any) -> list[Any]:
     return found
 
 
+def leaves_like(tree: Any, other: Any) -> list[Any]:
+    """The leaves of a tree in the order of those of another, which has the same names.
+
+    Raises:
+        ValueError: where the names or the kinds of containers differ; it names the place.
+
+    >>> leaves_like({"a": 1, "b": (2, 3)}, {"b": (0, 0), "a": 0})
+    [2, 3, 1]
+    """
+    found: list[Any] = []
+    if not _collect_like(tree, other, found):  # the names may still be the same, in another order
+        found = []
+        _map(lambda _path, _leaf, leaf: found.append(leaf), (), other, (tree,))
+    return found
+
+
 def leaves_with_path(tree: Any) -> list[tuple[Path, Any]]:
     """The leaves of a tree, each with the names that lead to it.
 
@@ -172,14 +188,8 @@ def map(f: Callable[..., Any], tree: Any, *rest: Any) -> Any:
     """
     if not rest:
         return unflatten_like(tree, [f(leaf) for leaf in leaves(tree)])
-    found, structure = flatten(tree)
-    columns = [found]
-    for other in rest:
-        found, same = flatten(other)
-        if same != structure:  # the names may still be the same, in another order
-            return _map(lambda _, *found: f(*found), (), tree, rest)
-        columns.append(found)
-    return unflatten(structure, [f(*row) for row in zip(*columns, strict=True)])
+    columns = [leaves(tree), *(leaves_like(other, tree) for other in rest)]
+    return unflatten_like(tree, [f(*row) for row in zip(*columns, strict=True)])
 
 
 def map_with_path(f: Callable[..., Any], tree: Any, *rest: Any) -> Any:
@@ -261,6 +271,34 @@ def _collect(tree: Any, leaves: list[Any]) -> None:
             leaves.append(child)
         else:
             _collect(child, leaves)
+
+
+def _collect_like(tree: Any, other: Any, leaves: list[Any]) -> bool:
+    """As `_collect`, up to where the tree is not built as the other is; whether it is."""
+    kind = type(other)
+    if kind is TensorDict:
+        if type(tree) is not TensorDict:
+            return False
+        held, expected = tree._tensordict, other._tensordict  # as in `entries`
+        if list(held) != list(expected):
+            return False
+        pairs = zip(held.values(), expected.values())  # noqa: B905
+    elif kind is torch.Tensor or (node := _children(other)) is None:
+        if type(tree) is not torch.Tensor and _children(tree) is not None:
+            return False
+        leaves.append(tree)
+        return True
+    else:
+        found = _children(tree)
+        if type(tree) is not kind or found is None or (found[0], found[2]) != (node[0], node[2]):
+            return False
+        pairs = zip(found[1], node[1])  # noqa: B905
+    for child, place in pairs:
+        if type(child) is torch.Tensor and type(place) is torch.Tensor:
+            leaves.append(child)
+        elif not _collect_like(child, place, leaves):
+            return False
+    return True
 
 
 def _spend(name: str, leaves: list[Any], fill: Callable[..., Any]) -> Any:

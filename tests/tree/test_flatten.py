@@ -1,9 +1,10 @@
 import collections
+import re
 from collections import OrderedDict
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tensordict import TensorDict
 from torch.func import grad, vmap
@@ -46,6 +47,43 @@ def test_unflatten_like_builds_what_unflatten_does(value):
     assert same_structure == expected_structure
     assert all(a is b is c for a, b, c in zip(new, again, expected, strict=True))
     assert all(a is b for a, b in zip(leaves, tree.leaves(value), strict=True))
+
+
+PAIR = TensorDict({"n": TensorDict({"a": torch.zeros(1), "b": torch.ones(2)})})
+
+
+@example({"x": 1, "y": 2}, Point(1, 2), None)
+@example({0: 1, 1: 2}, (1, 2), None)
+@example({"a": {"b": 1}}, {"a": 1}, None)
+@example(PAIR, None, TensorDict.copy)
+@example(PAIR.to_dict(), PAIR, None)
+@given(ANY, ANY, st.sampled_from([None, dict, OrderedDict, list, tuple, TensorDict.copy]))
+def test_leaves_like_are_those_that_map_with_path_meets(value, other, kind):
+    """For trees of one structure, in another order or container, and for any two."""
+    if kind is not None:
+        other = reordered(value, kind)
+    expected = []
+    try:
+        tree.map_with_path(lambda path, _, leaf: expected.append(leaf), other, value)
+    except ValueError as error:
+        with pytest.raises(ValueError, match=re.escape(str(error))):
+            tree.leaves_like(value, other)
+    else:
+        found = tree.leaves_like(value, other)
+        assert all(a is b for a, b in zip(found, expected, strict=True))
+
+
+def reordered(value, kind):
+    """The same names from the last to the first, and sequences in another container."""
+    if isinstance(value, TensorDict):
+        return backwards(value)
+    if isinstance(value, dict):
+        made = {name: reordered(child, kind) for name, child in reversed(list(value.items()))}
+        return kind(made) if kind in (dict, OrderedDict) else made
+    if type(value) in (list, tuple):
+        children = [reordered(child, kind) for child in value]
+        return kind(children) if kind in (list, tuple) else children
+    return value
 
 
 @given(ANY, ANY, st.booleans())
