@@ -224,6 +224,15 @@ def positive(size: int | torch.SymInt) -> None:
     torch.ops.aten.sym_constrain_range_for_size.default(size, min=1)
 
 
+def _zeros(size: Any, **options: Any) -> Tensor:
+    return torch.zeros(size, **options)
+
+
+# In forward mode torch takes zeros without memory for tangents that are none. What it does with
+# them on stand-ins (2.15) sends their device to meta, so a record has plain zeros.
+_PLAIN_ZEROS = {torch.ops.aten._efficientzerotensor.default: _zeros}
+
+
 def trace(f: Callable[..., Any], tensors: list[Tensor], ragged: bool | None = None) -> Recorded:
     """The operations that ``f(*tensors)`` carries out, transforms resolved.
 
@@ -251,7 +260,7 @@ def trace(f: Callable[..., Any], tensors: list[Tensor], ragged: bool | None = No
     try:
         # Some operations know how to do with such sizes in Python alone.
         with mode, enable_python_dispatcher() if ragged else contextlib.nullcontext():
-            graph = make_fx(f)(*inputs)
+            graph = make_fx(f, _PLAIN_ZEROS)(*inputs)
     except _Again as again:
         ragged = again.ragged
     except Exception:

@@ -38,13 +38,13 @@ def cond(
     sees the other branch evaluated at its own operands, so what is infinite or undefined there
     cannot reach its result or its gradient (`route` pays only for the branches taken).
 
-    What torch (2.15) cannot do: a hessian per member of a vmap over the predicate, compiled. And
-    where plain torch.compile reads it, this is `torch.cond` over trees: it can be differentiated
+    Where plain torch.compile reads it, this is `torch.cond` over trees: it can be differentiated
     with backward() but not with torch.func.grad, outputs are dicts, lists and tuples with names in
     one order, and gradients fail that are expanded views (that of a sum) or nested.
 
     Args:
-        pred: a bool, or a bool tensor of one element.
+        pred: a bool, or a bool tensor of one element. With a bool of Python this is an ``if``: of
+            the outputs nothing is asked.
         true_fn, false_fn: pure functions of the operands, with outputs of equal structure, shapes
             and dtypes. They may close over tensors; those are differentiated, too, unless they are
             reached through a global or an attribute.

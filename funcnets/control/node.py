@@ -94,7 +94,9 @@ class _Apply(torch.autograd.Function):
 
             return gradients
 
-        found = iter(node.derive(rule)(*tensors, *(cotangents[i] for i in given)) if wanted else ())
+        # That of a sum is one number in many places, which forward mode would write its tangent to.
+        passed = (cotangents[i].contiguous() for i in given)
+        found = iter(node.derive(rule)(*tensors, *passed) if wanted else ())
         gradients = [next(found) if i in wanted else None for i in range(count)]
         return (None, *(None for _ in range(node.fixed)), *gradients)
 

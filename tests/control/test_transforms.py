@@ -156,6 +156,7 @@ for over, dims in {
             dims,
         ),
     }
+ROWS["vmap(hessian)(all)"] = (lambda f: vmap(hessian(f, 2), OVER_ALL), OVER_ALL)
 ROWS["vmap(vmap)(flag, then inputs)"] = (
     lambda f: vmap(vmap(f, OVER_INPUTS), OVER_FLAG),
     (0, None, 0),
@@ -245,13 +246,39 @@ def test_autograd_without_torch_func(column):
     assert_same(gradients[1:], [gradients[0]] * (len(gradients) - 1))
 
 
-def test_a_hessian_per_member_of_a_compiled_conditional_is_what_torch_cannot_do():
-    """Listed in the docstring of cond; when this fails, torch can, and the line goes."""
-    f = vmap(hessian(with_cond, 2), OVER_FLAG)
-    args = arguments(0, 2, [True, False, True], OVER_FLAG)
-    with pytest.raises(RuntimeError, match="meta"):
-        compile(f, backend="aot_eager")(*args)
-    assert_same(f(*args), vmap(hessian(reference, 2), OVER_FLAG)(*args))
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(
+    "operation",
+    [
+        lambda x: cond(x.sum() > 0, torch.sin, torch.cos, (x,)),
+        lambda x: switch((x.sum() <= 0).long(), [torch.sin, torch.cos], (x,)),
+        lambda x: while_loop(
+            lambda i, _: i < 1, lambda i, x: (i + 1, x.sin()), (torch.tensor(0), x), max_steps=1
+        )[1],
+        lambda x: remat(torch.sin)(x),
+    ],
+    ids=["cond", "switch", "while_loop", "remat"],
+)
+def test_forward_over_reverse_of_a_vector_that_is_summed_outside(operation, compiled):
+    """The cotangent of a sum is one number in many places, which forward mode cannot write to."""
+    x = torch.tensor([[0.1, 0.2], [0.3, 0.5]], dtype=torch.float64)
+
+    def f(x):
+        return operation(x).sum()
+
+    for transform in (hessian, lambda f: jacfwd(grad(f)), lambda f: lambda x: vmap(hessian(f))(x)):
+        g = compile(transform(f), backend="aot_eager") if compiled else transform(f)
+        for given in (x, 2 * x):
+            assert_same(g(given), transform(lambda x: x.sin().sum())(given))
+
+
+@pytest.mark.parametrize("f", [torch.square, torch.exp, torch.sigmoid, lambda x: x * x.sin()])
+def test_a_hessian_of_each_member_compiled(f):
+    """Without any conditional: torch's zeros for absent tangents would end on the meta device."""
+    x = torch.tensor([[0.1, 0.2, 0.3], [0.2, 0.4, 0.6]], dtype=torch.float64)
+    for transform in (hessian, lambda f: jacfwd(grad(f))):
+        mapped = vmap(transform(lambda x: f(x).sum()))
+        assert_same(compile(mapped, backend="aot_eager")(x), mapped(x))
 
 
 def test_purity():
