@@ -76,6 +76,8 @@ def _gradient_and_value(
     kwargs: dict[str, Any],
 ) -> tuple[Any, Any]:
     chosen = (argnums,) if isinstance(argnums, int) else argnums
+    if not isinstance(chosen, tuple) or not all(isinstance(place, int) for place in chosen):
+        raise TypeError(f"grad: argnums: expected an int or a tuple of ints, got {argnums!r}")
     if (found := _plain(args, kwargs, chosen)) is None:
         return torch.func.grad_and_value(f, argnums, has_aux)(*args, **kwargs)
     given = list(args)
@@ -84,8 +86,13 @@ def _gradient_and_value(
         tracked = [leaf.detach().requires_grad_() for leaf in held]
         given[place] = tree.unflatten_like(args[place], tracked)
         leaves += tracked
-    with torch.enable_grad():
-        result = f(*given, **kwargs)
+    try:
+        with torch.enable_grad():
+            result = f(*given, **kwargs)
+    except RuntimeError as error:
+        if "Inference tensors" not in str(error):  # which f has closed over
+            raise
+        return torch.func.grad_and_value(f, argnums, has_aux)(*args, **kwargs)
     pair = isinstance(result, tuple) and len(result) == 2
     value, aux = result if has_aux and pair else (result, None)
     connected = [x for x in tree.leaves(result) if isinstance(x, Tensor) and x.requires_grad]
@@ -117,17 +124,20 @@ def _plain(
     args: tuple[Any, ...], kwargs: dict[str, Any], chosen: tuple[int, ...]
 ) -> list[list[Any]] | None:
     """The leaves of the chosen arguments, where nothing asks for more than numbers; else None."""
-    if _torch.inlining() or not all(0 <= place < len(args) for place in chosen):
+    if _torch.inlining() or torch.is_inference_mode_enabled():
+        return None
+    if not all(0 <= place < len(args) for place in chosen):
         return None
     if len(set(chosen)) < len(chosen):
         return None
     found = [tree.leaves(args[place]) for place in chosen]
     for leaf in itertools.chain(*found):
-        if not isinstance(leaf, Tensor) or not leaf.is_floating_point() or leaf.requires_grad:
+        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
             return None
-    rest = [argument for place, argument in enumerate(args) if place not in chosen]
-    if any(getattr(leaf, "requires_grad", False) for leaf in tree.leaves((rest, kwargs))):
-        return None
+    # What requires grad asks for more, and autograd takes no tensor made in inference mode.
+    for leaf in tree.leaves((args, kwargs)):
+        if isinstance(leaf, Tensor) and (leaf.requires_grad or leaf.is_inference()):
+            return None
     return found
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import inspect
+import math
 import threading
 import types
 from collections.abc import Callable, Sequence
@@ -116,6 +118,8 @@ def bind(
     def bound_init(key: random.Key) -> Any:
         return init(key, config=config)
 
+    most = _most_inputs(forward)
+
     @functools.cache
     def expected() -> tuple[Any, Any]:
         specs = parameter_specs(bound_init)
@@ -133,6 +137,10 @@ def bind(
         if not torch.compiler.is_dynamo_compiling() and not _fits(params, expected()[1]):
             params = without_counters(params)  # of a state_dict as torch gives it
             check_parameters(params, expected()[0])
+        if type(params) is dict:
+            params = TensorDict(params)
+        if len(inputs) > most:
+            raise TypeError(f"{family}: expected {most} inputs at most, got {len(inputs)}")
         if taps:
             named["taps"] = taps
         return forward(params, *inputs, config=config, train=train, key=key, **named)
@@ -144,6 +152,15 @@ def bind(
     own.__kwdefaults__ = apply.__kwdefaults__
     bound_check = _anything_fits if check is None else functools.partial(check, config=config)
     return Model(bound_init, own, family, config, bound_check)
+
+
+def _most_inputs(forward: Callable[..., Any]) -> float:
+    """How many inputs a forward function takes at most."""
+    _, *rest = inspect.signature(forward).parameters.values()
+    if any(one.kind is one.VAR_POSITIONAL for one in rest):
+        return math.inf
+    named = ("config", "train", "key", "taps")
+    return sum(one.kind is one.POSITIONAL_OR_KEYWORD and one.name not in named for one in rest)
 
 
 def parameter_specs(init: Callable[[random.Key], Any]) -> Any:

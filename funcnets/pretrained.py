@@ -37,6 +37,8 @@ def from_torchvision(
     # What the weights hold at the fresh places has no say, whatever its names and shapes.
     source = tree.partition(tree.from_state_dict(_state_dict(weights)), fresh)[1]
     anew, kept = tree.partition(specs, fresh)
+    if fresh != () and not tree.leaves(anew):
+        raise ValueError(f"from_torchvision: fresh: {fresh!r}: expected leaves, matched none")
     if report := tree.compare(source, kept):
         raise ValueError(_explain(report))
     if not tree.leaves(anew):

@@ -7,8 +7,10 @@ from functools import partial
 from typing import Any, TypeAlias
 
 from tensordict import TensorDict
+from torch import Tensor
 
 from funcnets import layers
+from funcnets.tree.flatten import describe
 
 # The names of the outputs to read; in a mapping each may have a function that replaces the output.
 TapsLike: TypeAlias = Collection[str] | Mapping[str, Callable[[Any], Any] | None]
@@ -44,8 +46,24 @@ class Taps:
         self._known[name] = None
         if name in self._wanted:
             replace = self._wanted[name]
-            value = self._found[name] = value if replace is None else replace(value)
+            value = self._found[name] = value if replace is None else self._new(name, value)
         return value
+
+    def _new(self, name: str, value: Any) -> Any:
+        """What the tap puts in place of the value."""
+        if not callable(replace := self._wanted[name]):
+            raise TypeError(
+                f"{self._model}: taps: {name}: expected a function or None, got {describe(replace)}"
+            )
+        new = replace(value)
+        if isinstance(value, Tensor) and (
+            not isinstance(new, Tensor) or new.shape != value.shape or new.dtype != value.dtype
+        ):
+            raise ValueError(
+                f"{self._model}: taps: {name}: expected {describe(value)} from the function, "
+                f"got {describe(new)}"
+            )
+        return new
 
     def at(self, name: str) -> Callable[[Any], Any] | None:
         """The tap of a named place, or None where nobody wants what would be computed for it."""

@@ -42,6 +42,23 @@ def identical(actual, expected):
     assert tree.flatten(actual)[1] == tree.flatten(expected)[1]
 
 
+def test_tensors_made_in_inference_mode():
+    with torch.inference_mode():
+        params, x = tree.map(torch.clone, TRAINABLE), X.clone()
+        inside = grad(value)(TRAINABLE, X)
+    expected = torch.func.grad(value)(TRAINABLE, X)
+    identical(tree.map(torch.clone, inside), expected)
+    for p, other in ((params, X), (TRAINABLE, x), (params, x)):
+        identical(grad(value)(p, other), expected)
+        identical(grad(lambda p, other=other: value(p, other))(p), expected)  # closed over
+
+
+@pytest.mark.parametrize("argnums", [None, 1.0, (0, None), [0]])
+def test_argnums_are_ints(argnums, unchecked):
+    with pytest.raises(TypeError, match="grad: argnums: expected an int or a tuple of ints, got"):
+        grad(value, argnums)(TRAINABLE, X)
+
+
 @given(
     argnums=st.sampled_from([0, 1, (0,), (1, 0), (0, 1)]),
     has_aux=st.booleans(),

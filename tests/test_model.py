@@ -194,6 +194,40 @@ def test_compiled(model):
     torch.testing.assert_close(trained["fc1", "weight"].grad, wanted)
 
 
+@pytest.mark.parametrize(
+    ("family", "inputs"),
+    [
+        (models.resnet("basic", (1,), 3, width=4, stem="small"), (torch.ones(2, 3, 6, 6),)),
+        (models.cnn(3, 3, (4,), norm=None), (torch.ones(2, 3, 6, 6),)),
+        (models.residual_mlp(3, 3, width=4, depth=2), (torch.ones(2, 3),)),
+        (models.gated(models.mlp(3, 4, ()), *[models.mlp(4, 3, ())] * 2), (torch.ones(2, 3), True)),
+    ],
+)
+def test_plain_dicts_are_trees(family, inputs):
+    params = family.init(random.key(0))
+    held = params.to_dict()
+
+    def value(params):
+        return family.apply(params, *inputs).square().sum()
+
+    assert value(held) == value(params)
+    slope = grad(value)(held)
+    assert type(slope) is dict
+    for a, b in zip(tree.leaves_like(slope, params), tree.leaves(grad(value)(params)), strict=True):
+        assert torch.equal(a, b)
+    name = next(iter(held))
+    with pytest.raises(ValueError, match=f"{name}.*missing"):
+        value({other: child for other, child in held.items() if other != name})
+
+
+@pytest.mark.parametrize("inputs", [2, 3])
+def test_more_inputs_than_there_are(inputs):
+    family = models.mlp(2, 1)
+    params = family.init(random.key(0))
+    with pytest.raises(TypeError, match=f"mlp: expected 1 inputs at most, got {inputs}"):
+        family.apply(params, *[torch.zeros(1, 2)] * inputs)
+
+
 def test_equality_is_that_of_family_and_configuration(model):
     again = bind("toy", Config(), init, forward)
     assert again == model

@@ -100,6 +100,11 @@ def test_weights_that_do_not_fit(model, message):
         model.from_torchvision(MODULE)
 
 
+def test_fresh_parts_that_there_are_not():
+    with pytest.raises(ValueError, match="fresh: 'head': expected leaves, matched none"):
+        MODEL.from_torchvision(MODULE, KEY, fresh="head")
+
+
 def test_fresh_parts_ask_for_a_key():
     with pytest.raises(ValueError, match="from_torchvision: key: expected a key"):
         MODEL.from_torchvision(MODULE, fresh="fc")

@@ -111,6 +111,29 @@ def test_submodels_have_their_places_below_their_name():
         model.apply(params, x, taps=["second.other"])
 
 
+@pytest.mark.parametrize(
+    ("tap", "error", "message"),
+    [
+        (
+            lambda h: h[:, :3],
+            ValueError,
+            r"expected float32\[2, 8, 3, 3\] .*, got float32\[2, 3, 3, 3\]",
+        ),
+        (
+            lambda h: h[:1],
+            ValueError,
+            r"expected float32\[2, 8, 3, 3\] .*, got float32\[1, 8, 3, 3\]",
+        ),
+        (lambda h: h.double(), ValueError, ".* got float64"),
+        (lambda h: None, ValueError, ".* got NoneType"),
+        (torch.ones(1), TypeError, "expected a function or None, got float32"),
+    ],
+)
+def test_a_tap_that_puts_something_else_there(tap, error, message):
+    with pytest.raises(error, match=f"resnet: taps: layer2: {message}"):
+        MODEL.apply(PARAMS, X, taps={"layer2": tap})
+
+
 def test_names_that_no_place_has():
     with pytest.raises(ValueError, match=r"resnet: taps: expected names among relu, .*layer9"):
         MODEL.apply(PARAMS, X, taps=["layer1", "layer9"])

@@ -75,8 +75,8 @@ def switch(
     """``branches[index](*operands)``; `cond` for any number of branches.
 
     Args:
-        index: an int, or an integer tensor of one element. As in ``jax.lax.switch`` it is clamped
-            to the branches there are.
+        index: an integer tensor of one element, or an int, with which nothing is asked of the
+            outputs. As in ``jax.lax.switch`` it is clamped to the branches there are.
         branches, operands: as in `cond`.
 
     >>> switch(torch.tensor(1), [torch.sin, torch.neg, torch.exp], (torch.tensor(3.0),))

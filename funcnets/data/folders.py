@@ -66,8 +66,8 @@ def image_folder(
 
     Raises:
         FileNotFoundError: where there is neither folder nor zip file.
-        ValueError: naming the file, where there are no images, one cannot be read, or they differ
-            in size.
+        ValueError: naming the file, where there are no images, one cannot be read, has more than
+            8 bits a value, or they differ in size.
 
     >>> import tempfile
     >>> from PIL import Image
@@ -187,6 +187,8 @@ def _read(
         name = "/".join(place)
         try:
             with read(place) as stream, Image.open(stream) as image:
+                if image.mode in ("I", "F") or image.mode.startswith("I;"):
+                    raise OSError(f"8 bits a value, got mode {image.mode}")
                 converted = image.convert(mode)
         except (UnidentifiedImageError, OSError, SyntaxError, zipfile.BadZipFile) as error:
             raise ValueError(f"{name}: expected an image: {error}") from error

@@ -51,11 +51,13 @@ def chunked(
 
     def run(*arguments: Any) -> Any:
         dims = in_dims if isinstance(in_dims, tuple) else (in_dims,) * len(arguments)
+        if len(dims) != len(arguments):
+            return whole(*arguments)  # vmap says what is wrong with it
         mapped = [one for one, dim in zip(arguments, dims, strict=True) if dim == 0]
-        sizes = {leaf.shape[0] if leaf.ndim else 0 for leaf in tree.leaves(mapped)}
+        sizes = {leaf.shape[0] if getattr(leaf, "ndim", 0) else 0 for leaf in tree.leaves(mapped)}
         size = max(sizes, default=0)
         if len(sizes) > 1 or size <= chunk:
-            return whole(*arguments)  # vmap says what is wrong with members of several numbers
+            return whole(*arguments)  # as with members of several numbers
         parts = []
         for start in range(0, size, chunk):
             place = slice(start, start + chunk)
@@ -77,6 +79,8 @@ def _measured(f: Callable[..., Any], in_dims: int | tuple[int | None, ...]) -> C
     def run(*arguments: Any) -> Any:
         if _torch.inlining():
             return chunked(f, None, in_dims)(*arguments)
+        if isinstance(in_dims, tuple) and len(in_dims) != len(arguments):
+            return chunked(f, None, in_dims)(*arguments)
         leaves, structure = tree.flatten(arguments)
         shapes = tuple(
             (leaf.shape, leaf.dtype, leaf.device) for leaf in leaves if isinstance(leaf, Tensor)
@@ -84,7 +88,9 @@ def _measured(f: Callable[..., Any], in_dims: int | tuple[int | None, ...]) -> C
         if (structure, shapes) not in chosen:
             dims = in_dims if isinstance(in_dims, tuple) else (in_dims,) * len(arguments)
             mapped = [one for one, dim in zip(arguments, dims, strict=True) if dim == 0]
-            size = max((len(leaf) for leaf in tree.leaves(mapped) if leaf.ndim), default=1)
+            size = max(
+                (len(leaf) for leaf in tree.leaves(mapped) if getattr(leaf, "ndim", 0)), default=1
+            )
             tried: list[int | None] = [None]
             while size > 1:
                 size = max(size // 4, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -110,7 +111,7 @@ def search(
         return step_of(setting)(state, batch)[0]
 
     over = chunked(train, chunk, (0, 0, 0 if own_order else None))
-    judge = chunked(score, chunk)
+    judge = chunked(functools.partial(_scored, score), chunk)
     states = chunked(begin, chunk)(settings, keys)
     number = torch.arange(count, device=key.device)
     history: list[list[float]] = [[] for _ in range(count)]
@@ -143,6 +144,13 @@ def _count(hyper: Mapping[str, Tensor]) -> int:
             f"search: hyper: expected tensors [members] of one length, got {found or 'none'}"
         )
     return next(iter(sizes))[0]
+
+
+def _scored(score: Callable[[Any], Tensor], state: Any) -> Tensor:
+    value = score(state)
+    if not isinstance(value, Tensor) or value.ndim:
+        raise ValueError(f"search: score: expected a tensor of shape [], got {describe(value)}")
+    return value
 
 
 def _records(

@@ -105,17 +105,22 @@ def triplet_margin(
     tensor(0.5000)
     """
     _check_rows("triplet_margin", anchor=anchor, positive=positive, negative=negative)
+    if where is not None:
+        if where.shape != anchor.shape[:1]:
+            raise ValueError(
+                f"triplet_margin: where: expected {list(anchor.shape[:1])} (as the triplets), "
+                f"got {list(where.shape)}"
+            )
+        # Whatever stands in those that are left out, not a number even, has no gradient.
+        anchor, positive, negative = (
+            torch.where(where[:, None], x, 0.0) for x in (anchor, positive, negative)
+        )
     far = F.pairwise_distance(anchor, negative, p, eps)
     if swap:
         far = torch.minimum(far, F.pairwise_distance(positive, negative, p, eps))
     loss = (margin + F.pairwise_distance(anchor, positive, p, eps) - far).clamp(min=0)
     if where is None:
         return loss.mean()
-    if where.shape != loss.shape:
-        raise ValueError(
-            f"triplet_margin: where: expected {list(loss.shape)} (as the triplets), "
-            f"got {list(where.shape)}"
-        )
     return torch.where(where, loss, 0.0).sum() / where.sum().clamp(min=1)
 
 

@@ -27,7 +27,7 @@ def weighted_sum(
 
     Args:
         losses: of one shape, [] or one value per sample.
-        weights: one for each loss; by default 1.
+        weights: one for each loss, a number or a tensor of shape []; by default 1.
         normalize: divide the weights by their sum, so that they sum to one and the rate of
             learning does not depend on how many losses there are.
 
@@ -47,6 +47,12 @@ def weighted_sum(
             raise ValueError(
                 f"weighted_sum: losses.{name}: expected shape {list(first.shape)} (as "
                 f"{next(iter(losses))}), got {list(loss.shape)}"
+            )
+    for name, weight in weights.items():
+        if isinstance(weight, Tensor) and weight.ndim:
+            raise ValueError(
+                f"weighted_sum: weights.{name}: expected a number or a tensor of shape [], "
+                f"got {describe(weight)}; map over several with vmap"
             )
     factors = [weights[name] for name in losses]
     if normalize:
@@ -123,7 +129,8 @@ def uncertainty(params: TensorDict, losses: Mapping[str, Float[Tensor, ""]]) -> 
         losses: one for each of the names there.
 
     Raises:
-        ValueError: naming the losses without a parameter and the parameters without a loss.
+        ValueError: naming the losses without a parameter and the parameters without a loss, or
+            what is not of shape [].
 
     >>> from funcnets import random
     >>> losses = {"character": torch.tensor(3.0), "alphabet": torch.tensor(1.0)}
@@ -133,6 +140,12 @@ def uncertainty(params: TensorDict, losses: Mapping[str, Float[Tensor, ""]]) -> 
     _check_losses("uncertainty", losses)
     held = entries(params["log_variance"]) or {}
     _check_names("uncertainty", "params.log_variance", held.keys(), losses)
+    for field, found in (("params.log_variance", held), ("losses", losses)):
+        for name, value in found.items():
+            if value.ndim:
+                raise ValueError(
+                    f"uncertainty: {field}.{name}: expected shape [], got {list(value.shape)}"
+                )
     return weighted_sum(
         {name: (-held[name]).exp() * loss + held[name] / 2 for name, loss in losses.items()}
     )

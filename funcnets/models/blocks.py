@@ -47,16 +47,33 @@ def draw_keys(model: str, key: random.Key | None, needed: bool, num: int) -> Any
     return random.split(key, num).unbind()
 
 
-def num_features(family: str, place: str, model: Model) -> int:
-    """How many features a model within another gives, as its config tells."""
+def known_features(model: Model) -> int | None:
+    """How many features a model gives, where its config tells."""
     for field in ("out_features", "num_classes", "embedding_dim", "heads"):
         if isinstance(size := getattr(model.config, field, None), int):
             return size
+    return None
+
+
+def num_features(family: str, place: str, model: Model) -> int:
+    """How many features a model within another gives, as its config has to tell."""
+    if (size := known_features(model)) is not None:
+        return size
     raise ValueError(
         f"{family}: {place}: expected a model whose config tells its out_features, num_classes or "
         f"embedding_dim, got {type(model.config).__name__}; "
         "a model of one's own is Model(init, apply, config=...)"
     )
+
+
+def check_alike(family: str, parts: dict[str, Model]) -> None:
+    """Raises where models whose outputs stand for each other give other numbers of features."""
+    known = {place: known_features(model) for place, model in parts.items()}
+    sizes = {place: size for place, size in known.items() if size is not None}
+    for place, size in sizes.items():
+        first, expected = next(iter(sizes.items()))
+        if size != expected:
+            raise ValueError(f"{family}: {place}: expected {expected} (as {first}), got {size}")
 
 
 def within(place: str, function: Callable[..., Any], *args: Any) -> Any:

@@ -13,6 +13,7 @@ from torch import Tensor
 from funcnets import random
 from funcnets.control import route
 from funcnets.model import Model, bind
+from funcnets.models import blocks
 from funcnets.taps import Taps, TapsLike
 
 
@@ -36,6 +37,7 @@ class Config:
                     raise TypeError(
                         f"early_exit: {name}[{i}]: expected a Model, got {type(part).__name__}"
                     )
+        blocks.check_alike("early_exit", {f"exits[{i}]": e for i, e in enumerate(self.exits)})
         if not 0 <= self.threshold <= 1:
             raise ValueError(f"early_exit: threshold: expected a probability, got {self.threshold}")
 
@@ -82,7 +84,7 @@ def init(key: random.Key, config: Config) -> TensorDict:
 
 def check(x: Any, config: Config) -> None:
     """Raises unless x is what the first stage takes."""
-    config.stages[0].check(x)
+    blocks.within("early_exit: stages.0", config.stages[0].check, x)
 
 
 def forward(
@@ -126,7 +128,7 @@ def _leave(params: Any, x: Any, threshold: float | Tensor, i: int, config: Confi
     taken = logits.new_full(logits.shape[:1], i)
     if i + 1 == len(config.stages):
         return {"logits": logits, "exit": taken}
-    unsure = logits.softmax(-1).amax(-1) < threshold
+    unsure = ~(logits.softmax(-1).amax(-1) >= threshold)  # as is what is not a number
     return route(
         unsure,
         [

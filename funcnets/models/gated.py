@@ -34,6 +34,7 @@ class Config:
         for name in ("base", "shallow", "deep"):
             if not isinstance(part := getattr(self, name), Model):
                 raise TypeError(f"gated: {name}: expected a Model, got {type(part).__name__}")
+        blocks.check_alike("gated", {"shallow": self.shallow, "deep": self.deep})
         blocks.check_choice("gated", "gate", self.gate, (None, "straight_through", "gumbel"))
         if not self.temperature > 0:
             raise ValueError(
@@ -102,7 +103,7 @@ def init(key: random.Key, config: Config) -> TensorDict:
 
 def check(x: Any, config: Config) -> None:
     """Raises unless x is what the base takes."""
-    config.base.check(x)
+    blocks.within("gated: base", config.base.check, x)
 
 
 def forward(

@@ -372,8 +372,8 @@ def _check_inputs(
             raise TypeError(
                 f"multimodal: present: expected a dict of masks, got {tree.describe(present)}"
             )
+        _check_known("present", held, config, optional=config.inputs)
         masks = {name: mask for name, mask in held.items() if mask is not True}
-        _check_known("present", masks, config, optional=config.inputs)
     absent = [name for name, mask in masks.items() if mask is False]
     _check_known("inputs", given, config, optional=absent)
     if len(absent) == len(config.inputs):

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 from jaxtyping import Float
 from torch import Tensor
 
-from funcnets.optim.leafwise import aligned, check_state
+from funcnets.optim.leafwise import aligned, check_like, check_state
 from funcnets.tree.flatten import Tree, leaves, unflatten_like
 
 
@@ -52,14 +52,18 @@ def apply_updates(params: Tree, updates: Tree) -> Tree:
     """The parameters with the updates added, as new tensors.
 
     Raises:
-        ValueError: where the two trees differ in structure.
+        ValueError: where the two trees differ in structure, or leaves in shape or dtype; it names
+            the place.
 
     >>> import torch
     >>> apply_updates({"a": torch.ones(2)}, {"a": -torch.ones(2)})
     {'a': tensor([0., 0.])}
     """
-    pairs = zip(leaves(params), aligned("updates", updates, params), strict=True)
-    return unflatten_like(params, [leaf + change for leaf, change in pairs])
+    own, changes = leaves(params), aligned("updates", updates, params)
+    check_like("updates", "expected", changes, own, params)
+    return unflatten_like(
+        params, [leaf + change for leaf, change in zip(own, changes, strict=True)]
+    )
 
 
 class ChainState(NamedTuple):

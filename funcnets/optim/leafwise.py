@@ -122,6 +122,22 @@ def aligned(label: str, tree: Tree, params: Tree) -> list[Any]:
         raise ValueError(f"{label}: {error}") from None
 
 
+def check_like(
+    name: str, expected: str, tensors: list[Any], leaves: list[Any], params: Tree
+) -> None:
+    """Raises for what has not the shape and dtype of the leaf of the parameters at its place."""
+    for index, (tensor, leaf) in enumerate(zip(tensors, leaves, strict=True)):
+        if (
+            not isinstance(tensor, Tensor)
+            or tensor.shape != leaf.shape
+            or tensor.dtype != leaf.dtype
+        ):
+            place = join(leaves_with_path(params)[index][0])
+            raise ValueError(
+                f"{name}: {place}: {expected} {describe(leaf)}, got {describe(tensor)}"
+            )
+
+
 def leafwise(
     name: str,
     rule: Rule,
@@ -149,7 +165,7 @@ def leafwise(
     """
     own = leaves(params)
     columns = [aligned(f"{name}: grads", grads, params)]
-    _check_gradients(name, columns[0], own, params)
+    check_like(name, "expected gradient", columns[0], own, params)
     for moment in moments:
         if is_absent(moment):
             columns.append([None] * len(own))
@@ -215,15 +231,6 @@ def _least(dtype: torch.dtype) -> float:
     info = torch.finfo(dtype)
     # The normal numbers of float16 begin at 6e-5, where a second moment may well lie.
     return info.tiny * info.eps if dtype == torch.float16 else info.tiny
-
-
-def _check_gradients(name: str, grads: list[Any], leaves: list[Any], params: Tree) -> None:
-    for index, (grad, leaf) in enumerate(zip(grads, leaves, strict=True)):
-        if not isinstance(grad, Tensor) or grad.shape != leaf.shape or grad.dtype != leaf.dtype:
-            place = join(leaves_with_path(params)[index][0])
-            raise ValueError(
-                f"{name}: {place}: expected gradient {describe(leaf)}, got {describe(grad)}"
-            )
 
 
 def _check_moments(

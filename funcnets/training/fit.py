@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -81,6 +81,9 @@ def fit(
     """
     if (steps is None) == (epochs is None):
         raise ValueError("fit: expected either steps or epochs")
+    for name, number in (("steps", steps), ("epochs", epochs)):
+        if number is not None and number < 0:
+            raise ValueError(f"fit: {name}: expected at least 0, got {number}")
     if every is not None and every < 1:
         raise ValueError(f"fit: every: expected at least 1, got {every}")
     each: Any = vmap if state.step.ndim else lambda f: f  # of an ensemble
@@ -104,7 +107,11 @@ def fit(
     means, warned = _Means(), False
     with bar(progress, steps, start) as show:
         for turn in turns(batches, state.key.clone(), start):
-            if turn.step == steps or turn.epoch == epochs or _done(early_stopping, state):
+            # Beyond them is a resumed run that went on for longer.
+            beyond = (steps is not None and turn.step >= steps) or (
+                epochs is not None and turn.epoch >= epochs
+            )
+            if beyond or _done(early_stopping, state):
                 break
             try:
                 state, metrics = step(state, turn.batch)
@@ -121,7 +128,7 @@ def fit(
             if not (due or last):
                 continue
 
-            scores = means.read() if evaluate is None else dict(evaluate(state))
+            scores = means.read() if evaluate is None else _scores(evaluate(state))
             record = {
                 "step": turn.step + 1,
                 "epoch": turn.epoch,
@@ -140,6 +147,10 @@ def fit(
                 changed = callback(state, record)
                 state = state if changed is None else changed
             if checkpoints is not None:
+                if checkpoints.best is not None and checkpoints.best not in scores:
+                    raise KeyError(
+                        f"checkpoints: expected a score {checkpoints.best}, got {', '.join(scores)}"
+                    )
                 told = {"history": history, "scores": plain(scores)}
                 checkpoints.save(state, turn.step + 1, told)
             if last:
@@ -180,6 +191,12 @@ class _Means:
             total = total + torch.where(finite, values, 0.0).sum(0)
             self._sums[name] = total, count + finite.sum(0)
         self._rows = []
+
+
+def _scores(found: Any) -> dict[str, Any]:
+    if not isinstance(found, Mapping):
+        raise TypeError(f"fit: evaluate: expected a dict of scores, got {tree.describe(found)}")
+    return dict(found)
 
 
 def _done(stopping: EarlyStopping | None, state: State) -> bool:

@@ -109,6 +109,7 @@ def calibration_error(
     logits: Float[Tensor, "samples classes"], labels: Int[Tensor, " samples"], bins: int = 15
 ) -> Float[Tensor, ""]:
     """`losses.expected_calibration_error` of ``softmax(logits)``."""
+    _check("calibration_error", logits, labels)
     return losses.expected_calibration_error(logits.softmax(-1), labels, bins)
 
 

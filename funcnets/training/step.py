@@ -211,6 +211,16 @@ def make_step(
     for name, number in (("accumulate", accumulate), ("good_every", good_every)):
         if isinstance(number, bool) or not isinstance(number, int) or number < 1:
             raise ValueError(f"make_step: {name}: expected an int of at least 1, got {number!r}")
+    for name, value, parts in (
+        ("model", model, ("apply",)),
+        ("optimizer", optimizer, ("init", "update")),
+        ("average", average, ("init", "update")),
+    ):
+        absent = value is None and name != "optimizer"
+        if not absent and (isinstance(value, type) or not all(hasattr(value, p) for p in parts)):
+            raise TypeError(
+                f"make_step: {name}: expected what has {' and '.join(parts)}, got {value!r}"
+            )
     if nonfinite is not None and nonfinite not in POLICIES:
         raise ValueError(
             f"make_step: nonfinite: expected {', '.join(POLICIES)} or None, got {nonfinite!r}"

@@ -268,8 +268,8 @@ def test_forward_over_reverse_of_a_vector_that_is_summed_outside(operation, comp
 
     for transform in (hessian, lambda f: jacfwd(grad(f)), lambda f: lambda x: vmap(hessian(f))(x)):
         g = compile(transform(f), backend="aot_eager") if compiled else transform(f)
-        for given in (x, 2 * x):
-            assert_same(g(given), transform(lambda x: x.sin().sum())(given))
+        for at in (x, 2 * x):
+            assert_same(g(at), transform(lambda x: x.sin().sum())(at))
 
 
 @pytest.mark.parametrize("f", [torch.square, torch.exp, torch.sigmoid, lambda x: x * x.sin()])

@@ -136,6 +136,14 @@ def test_files_that_are_no_images(tmp_path, content):
         data.image_folder(tmp_path)
 
 
+@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
+def test_images_of_more_than_eight_bits(tmp_path, mode):
+    """PIL would cut their values off at 255."""
+    Image.new(mode, (2, 1), 16384).save(tmp_path / "x.tif")
+    with pytest.raises(ValueError, match=f"x.tif: .*8 bits a value, got mode {mode}"):
+        data.image_folder(tmp_path)
+
+
 def test_an_image_cut_short(tmp_path):
     with_noise = np.arange(64 * 64).reshape(64, 64) % 251
     write(tmp_path, {"1.png": with_noise})

@@ -36,6 +36,14 @@ def step(state, x, scale):
     return state._replace(params=params), {"loss": inner["w"].sum()}
 
 
+@pytest.mark.parametrize("chunk", [2, "auto"])
+def test_what_is_wrong_says_vmap(chunk):
+    with pytest.raises(ValueError, match="in_dims"):
+        ensembles.chunked(torch.add, chunk, (0,))(torch.ones(3), 1)
+    with pytest.raises(ValueError, match=r"Got in_dim=0 for an input"):
+        ensembles.chunked(torch.add, chunk, (0, 0))(torch.ones(3), 1)
+
+
 @given(st.integers(1, 6), st.integers(1, 7))
 def test_as_the_whole(count, chunk):
     x = random.normal(random.key(1), (count, 2))

@@ -91,6 +91,13 @@ def test_a_member_that_diverges_hurts_no_other():
             same(broken[member], expected)
 
 
+@pytest.mark.parametrize("score", [lambda state: torch.ones(3), lambda state: 0.5])
+def test_a_score_is_one_number(score, unchecked):
+    batches = training.minibatches((X, Y), 8)
+    with pytest.raises(ValueError, match=r"search: score: expected a tensor of shape \[\], got"):
+        ensembles.search(random.key(7), step_of, HYPER, init, batches, score, rounds=(1,))
+
+
 def search(hyper=HYPER, rounds=(2, 3, 3), **options):
     def score(state):
         logits = MODEL.apply(training.parameters(state), X)

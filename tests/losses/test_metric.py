@@ -97,6 +97,21 @@ def test_triplet_margin_is_torchs(seed, batch, features, margin, p, swap):
     assert (gradient[~where] == 0).all()
 
 
+@given(seed=st.integers(0, 99), swap=st.booleans())
+def test_triplets_that_are_left_out_have_no_gradient_whatever_they_are(seed, swap):
+    x = random.normal(random.key(seed), (3, 5, 4), dtype=torch.float64)
+    counts = random.uniform(random.key(seed + 1), (5,)) < 0.5
+    spoilt = torch.where(counts[:, None], x, torch.nan)
+
+    def f(x, where):
+        return losses.triplet_margin(*x, swap=swap, where=where)
+
+    value, slope = f(spoilt, counts), grad(f)(spoilt, counts)
+    assert torch.equal(value, f(x, counts))
+    assert torch.equal(slope, grad(f)(x, counts))
+    assert not slope[:, ~counts].any()
+
+
 def test_triplet_margin_defaults_and_eps():
     x = [rows(i, 4, 3) for i in range(3)]
     torch.testing.assert_close(losses.triplet_margin(*x), F.triplet_margin_loss(*x))

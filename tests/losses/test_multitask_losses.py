@@ -117,6 +117,19 @@ def test_the_largest_of_losses_that_are_zero_or_negative():
     torch.testing.assert_close(scaled(torch.tensor([-4.0, 2.0])), torch.tensor(-0.25))
 
 
+def test_one_weight_for_each_loss_and_one_network(unchecked):
+    values = {"a": torch.tensor(3.0), "b": torch.tensor(1.0)}
+    with pytest.raises(ValueError, match=r"weights.b: expected .* shape \[\], got float32\[2\]"):
+        losses.weighted_sum(values, {"a": 1, "b": torch.ones(2)})
+    params = losses.init_uncertainty(KEY, list(values))
+    with pytest.raises(ValueError, match=r"uncertainty: losses.a: expected shape \[\], got \[3\]"):
+        losses.uncertainty(params, {"a": torch.ones(3), "b": torch.ones(3)})
+    members = vmap(lambda key: losses.init_uncertainty(key, list(values)))(random.split(KEY, 3))
+    with pytest.raises(ValueError, match=r"params.log_variance.a: expected shape \[\], got \[3\]"):
+        losses.uncertainty(members, values)
+    assert vmap(losses.uncertainty, (0, None))(members, values).tolist() == [4.0] * 3
+
+
 @given(names=NAMES, seed=SEEDS)
 def test_uncertainty_by_hand(names, seed):
     values = draw_losses(seed, names)

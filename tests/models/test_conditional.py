@@ -229,6 +229,16 @@ A, B = models.mlp(3, 4, ()), models.mlp(4, 2, ())
         ),
         (lambda: models.early_exit([], []), ValueError, "early_exit: exits: expected one after"),
         (
+            lambda: models.early_exit([A, A], [B, models.mlp(4, 9, ())]),
+            ValueError,
+            "early_exit: exits[1]: expected 2 (as exits[0]), got 9",
+        ),
+        (
+            lambda: models.gated(A, B, models.mlp(4, 9, ())),
+            ValueError,
+            "gated: deep: expected 2 (as shallow), got 9",
+        ),
+        (
             lambda: models.early_exit([A], ["exit"]),
             TypeError,
             "early_exit: exits[0]: expected a Model, got str",
@@ -243,6 +253,12 @@ A, B = models.mlp(3, 4, ()), models.mlp(4, 2, ())
 def test_configurations_that_make_no_sense(make, error, message, unchecked):
     with pytest.raises(error, match=re.escape(message)):
         make()
+
+
+def test_what_is_not_a_number_is_not_sure():
+    model = models.early_exit([models.mlp(3, 3, ())] * 2, [models.mlp(3, 2, ())] * 2, 0.5)
+    x = torch.tensor([[0.0, 0.0, 0.0], [torch.nan, 0.0, 0.0]])
+    assert model.apply(model.init(KEY), x)["exit"].tolist() == [0, 1]
 
 
 def test_calls_that_do_not_fit(unchecked):

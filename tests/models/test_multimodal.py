@@ -463,6 +463,7 @@ def test_inputs_of_other_names(fusion, change, message):
     ("present", "message"),
     [
         ({"tables": False}, "present: expected image, table, kind; unknown tables"),
+        ({"tables": True}, "present: expected image, table, kind; unknown tables"),
         (
             {"table": torch.ones(3, dtype=torch.bool)},
             "present.table: expected [4] or [], got [3]",

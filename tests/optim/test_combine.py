@@ -241,6 +241,14 @@ PARAMS = {"layer1": {"bias": torch.ones(4)}}
             "updates: layer1: expected the same names in both trees; missing bias",
         ),
         (
+            lambda: optim.apply_updates({"a": torch.ones(1)}, {"a": torch.ones(3)}),
+            r"updates: a: expected float32\[1\], got float32\[3\]",
+        ),
+        (
+            lambda: optim.apply_updates({"a": torch.ones(2).half()}, {"a": torch.ones(2)}),
+            r"updates: a: expected float16\[2\], got float32\[2\]",
+        ),
+        (
             lambda: optim.reduce_on_plateau().update(
                 PARAMS, optim.reduce_on_plateau().init(PARAMS), PARAMS
             ),

@@ -1,4 +1,5 @@
 import builtins
+import functools
 import json
 
 import pytest
@@ -25,6 +26,39 @@ def test_fit_is_the_loop_written_out():
     assert [record["step"] for record in history] == [3, 6]
     assert [record["epoch"] for record in history] == [0, 1]
     assert history[1]["training"]["loss"] == pytest.approx(sum(losses[3:]) / 3)
+
+
+def test_a_resumed_run_that_went_on_for_longer_is_done(tmp_path):
+    step = make()
+    batches = training.minibatches(data(), 10)  # three an epoch
+    checkpoints = training.Checkpoints(tmp_path, keep=9)
+    last, history = training.fit(
+        step, start(step, mlp()), batches, epochs=3, checkpoints=checkpoints
+    )
+    for shorter in ({"epochs": 2}, {"steps": 4}, {"steps": 0}, {"epochs": 3}):
+        options = {"checkpoints": checkpoints, "resume": True, **shorter}
+        state, again = training.fit(step, start(step, mlp()), batches, **options)
+        assert_equal(state, last)
+        assert again == history
+    assert checkpoints.steps() == [3, 6, 9]
+
+
+def test_scores_that_are_none(tmp_path):
+    step = make()
+    run = functools.partial(
+        training.fit, step, start(step, mlp()), training.minibatches(data(), 8), steps=1
+    )
+    with pytest.raises(TypeError, match="fit: evaluate: expected a dict of scores, got float"):
+        run(evaluate=lambda state: 1.0)
+    with pytest.raises(KeyError, match="checkpoints: expected a score auc, got loss"):
+        run(checkpoints=training.Checkpoints(tmp_path, best="auc"))
+
+
+@pytest.mark.parametrize("name", ["steps", "epochs"])
+def test_fewer_than_no_steps(name):
+    step = make()
+    with pytest.raises(ValueError, match=f"fit: {name}: expected at least 0, got -1"):
+        training.fit(step, start(step, mlp()), training.minibatches(data(), 8), **{name: -1})
 
 
 @pytest.mark.parametrize("every", [1, 2, 5, None])

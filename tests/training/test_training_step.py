@@ -262,6 +262,18 @@ def test_errors():
 
 
 @pytest.mark.usefixtures("unchecked")
+def test_parts_that_are_none():
+    model, good = mlp(), optim.sgd(0.1)
+    with pytest.raises(TypeError, match="make_step: model: expected what has apply, got <function"):
+        training.make_step(model.apply, F.mse_loss, good)
+    for optimizer in (None, torch.optim.Adam, 1e-3):
+        with pytest.raises(TypeError, match="make_step: optimizer: expected what has init and"):
+            training.make_step(model, F.mse_loss, optimizer)
+    with pytest.raises(TypeError, match=r"make_step: average: .* got 0\.9"):
+        training.make_step(model, F.mse_loss, good, average=0.9)
+
+
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("wrap", [lambda step: step, funcnets.compile], ids=["plain", "compiled"])
 def test_parameters_are_no_state(wrap):
     model = mlp()
