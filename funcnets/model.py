@@ -137,7 +137,7 @@ def bind(
         if not torch.compiler.is_dynamo_compiling() and not _fits(params, expected()[1]):
             params = without_counters(params)  # of a state_dict as torch gives it
             check_parameters(params, expected()[0])
-        if type(params) is dict:
+        if isinstance(params, dict):
             params = TensorDict(params)
         if len(inputs) > most:
             raise TypeError(f"{family}: expected {most} inputs at most, got {len(inputs)}")
