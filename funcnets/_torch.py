@@ -224,13 +224,9 @@ def positive(size: int | torch.SymInt) -> None:
     torch.ops.aten.sym_constrain_range_for_size.default(size, min=1)
 
 
-def _zeros(size: Any, **options: Any) -> Tensor:
-    return torch.zeros(size, **options)
-
-
 # In forward mode torch takes zeros without memory for tangents that are none. What it does with
 # them on stand-ins (2.15) sends their device to meta, so a record has plain zeros.
-_PLAIN_ZEROS = {torch.ops.aten._efficientzerotensor.default: _zeros}
+_PLAIN_ZEROS = {torch.ops.aten._efficientzerotensor.default: torch.zeros}
 
 
 def trace(f: Callable[..., Any], tensors: list[Tensor], ragged: bool | None = None) -> Recorded:

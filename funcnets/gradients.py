@@ -132,13 +132,17 @@ def _plain(
         return None
     found = [tree.leaves(args[place]) for place in chosen]
     for leaf in itertools.chain(*found):
-        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+        if not isinstance(leaf, Tensor) or not leaf.is_floating_point() or _asks_more(leaf):
             return None
-    # What requires grad asks for more, and autograd takes no tensor made in inference mode.
-    for leaf in tree.leaves((args, kwargs)):
-        if isinstance(leaf, Tensor) and (leaf.requires_grad or leaf.is_inference()):
-            return None
+    rest = [argument for place, argument in enumerate(args) if place not in chosen]
+    if any(isinstance(x, Tensor) and _asks_more(x) for x in tree.leaves((rest, kwargs))):
+        return None
     return found
+
+
+def _asks_more(leaf: Tensor) -> bool:
+    """Whether it requires grad, or was made in inference mode, which autograd refuses."""
+    return leaf.requires_grad or leaf.is_inference()
 
 
 def _depend_on_others(results: list[Tensor], leaves: list[Tensor]) -> bool:

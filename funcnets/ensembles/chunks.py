@@ -51,13 +51,9 @@ def chunked(
 
     def run(*arguments: Any) -> Any:
         dims = in_dims if isinstance(in_dims, tuple) else (in_dims,) * len(arguments)
-        if len(dims) != len(arguments):
-            return whole(*arguments)  # vmap says what is wrong with it
-        mapped = [one for one, dim in zip(arguments, dims, strict=True) if dim == 0]
-        sizes = {leaf.shape[0] if getattr(leaf, "ndim", 0) else 0 for leaf in tree.leaves(mapped)}
-        size = max(sizes, default=0)
-        if len(sizes) > 1 or size <= chunk:
-            return whole(*arguments)  # as with members of several numbers
+        size = _members(dims, arguments)
+        if size is None or size <= chunk:
+            return whole(*arguments)  # vmap says what is wrong
         parts = []
         for start in range(0, size, chunk):
             place = slice(start, start + chunk)
@@ -77,20 +73,14 @@ def _measured(f: Callable[..., Any], in_dims: int | tuple[int | None, ...]) -> C
     chosen: dict[Any, int | None] = {}
 
     def run(*arguments: Any) -> Any:
-        if _torch.inlining():
-            return chunked(f, None, in_dims)(*arguments)
-        if isinstance(in_dims, tuple) and len(in_dims) != len(arguments):
+        dims = in_dims if isinstance(in_dims, tuple) else (in_dims,) * len(arguments)
+        if _torch.inlining() or (size := _members(dims, arguments)) is None:
             return chunked(f, None, in_dims)(*arguments)
         leaves, structure = tree.flatten(arguments)
         shapes = tuple(
             (leaf.shape, leaf.dtype, leaf.device) for leaf in leaves if isinstance(leaf, Tensor)
         )
         if (structure, shapes) not in chosen:
-            dims = in_dims if isinstance(in_dims, tuple) else (in_dims,) * len(arguments)
-            mapped = [one for one, dim in zip(arguments, dims, strict=True) if dim == 0]
-            size = max(
-                (len(leaf) for leaf in tree.leaves(mapped) if getattr(leaf, "ndim", 0)), default=1
-            )
             tried: list[int | None] = [None]
             while size > 1:
                 size = max(size // 4, 1)
@@ -100,6 +90,15 @@ def _measured(f: Callable[..., Any], in_dims: int | tuple[int | None, ...]) -> C
         return chunked(f, chosen[structure, shapes], in_dims)(*arguments)
 
     return run
+
+
+def _members(dims: tuple[int | None, ...], arguments: tuple[Any, ...]) -> int | None:
+    """How many members the arguments have; None where they do not agree, or do not fit."""
+    if len(dims) != len(arguments):
+        return None
+    mapped = [one for one, dim in zip(arguments, dims, strict=True) if dim == 0]
+    sizes = {leaf.shape[0] if getattr(leaf, "ndim", 0) else 0 for leaf in tree.leaves(mapped)}
+    return None if len(sizes) > 1 else max(sizes, default=0)
 
 
 def _seconds(f: Callable[..., Any], arguments: tuple[Any, ...]) -> float:

@@ -272,6 +272,13 @@ def test_forward_over_reverse_of_a_vector_that_is_summed_outside(operation, comp
             assert_same(g(at), transform(lambda x: x.sin().sum())(at))
 
 
+def test_a_hessian_per_member_of_a_conditional():
+    f = vmap(hessian(with_cond, 2), OVER_FLAG)
+    args = arguments(0, 2, [True, False, True], OVER_FLAG)
+    assert_same(compile(f, backend="aot_eager")(*args), f(*args))
+    assert_same(f(*args), vmap(hessian(reference, 2), OVER_FLAG)(*args))
+
+
 @pytest.mark.parametrize("f", [torch.square, torch.exp, torch.sigmoid, lambda x: x * x.sin()])
 def test_a_hessian_of_each_member_compiled(f):
     """Without any conditional: torch's zeros for absent tangents would end on the meta device."""
