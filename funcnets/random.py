@@ -45,7 +45,7 @@ def split(key: Key, num: int = 2) -> UInt64[Tensor, "num 2"]:
     >>> split(key(0), 3).shape
     torch.Size([3, 2])
     """
-    _check_key(key)
+    check_key(key)
     if num < 1:
         raise ValueError(f"num: expected at least 1, got {num}")
     return torch.ops.funcnets.random_split(key, num)
@@ -63,7 +63,7 @@ def fold_in(key: Key, data: int | Tensor) -> Key:
     >>> bool((fold_in(key(0), 1) == split(key(0), 3)[1]).all())
     True
     """
-    _check_key(key)
+    check_key(key)
     if isinstance(data, Tensor):
         if data.dtype.is_floating_point or data.dtype.is_complex or data.ndim:
             raise ValueError(
@@ -91,7 +91,7 @@ def uniform(
     >>> uniform(key(42), (2,))
     tensor([0.9177, 0.9581])
     """
-    _check_key(key)
+    check_key(key)
     _check_floating(dtype)
     if not 0 <= high - low <= torch.finfo(dtype).max:
         raise ValueError(f"uniform: expected low <= high, both finite, got low={low}, high={high}")
@@ -110,7 +110,7 @@ def normal(
     >>> normal(key(0), (1000,)).std()
     tensor(0.9874)
     """
-    _check_key(key)
+    check_key(key)
     _check_floating(dtype)
     if not std >= 0:
         raise ValueError(f"normal: expected std >= 0, got {std}")
@@ -135,7 +135,7 @@ def truncated_normal(
     >>> bool(truncated_normal(key(0), (1000,)).abs().max() <= 2)
     True
     """
-    _check_key(key)
+    check_key(key)
     _check_floating(dtype)
     if not lower < upper:
         raise ValueError(f"truncated_normal: expected lower < upper, got {lower} and {upper}")
@@ -152,7 +152,7 @@ def gumbel(
     key: Key, shape: Sequence[int] = (), dtype: torch.dtype = torch.float32
 ) -> Float[Tensor, "*shape"]:
     """Standard Gumbel numbers, ``-log(-log(u))``: what turns an argmax into a categorical draw."""
-    _check_key(key)
+    check_key(key)
     _check_floating(dtype)
     return torch.ops.funcnets.random_gumbel(key, _sizes(shape), dtype)
 
@@ -178,7 +178,7 @@ def randint(
     >>> randint(key(0), (5,), 0, 2).unique().tolist()
     [0, 1]
     """
-    _check_key(key)
+    check_key(key)
     if dtype.is_floating_point or dtype.is_complex or dtype is torch.bool:
         raise TypeError(f"randint: expected an integer dtype, got {dtype}")
     bounds = torch.iinfo(dtype)
@@ -195,7 +195,7 @@ def permutation(key: Key, n: int) -> Int64[Tensor, " n"]:
     >>> permutation(key(0), 5).sort().values.tolist()
     [0, 1, 2, 3, 4]
     """
-    _check_key(key)
+    check_key(key)
     if n < 0:
         raise ValueError(f"permutation: expected n >= 0, got {n}")
     return torch.ops.funcnets.random_permutation(key, n)
@@ -227,7 +227,8 @@ def categorical(
     return (logits + gumbel(key, (*shape, logits.shape[-1]), dtype)).argmax(-1)
 
 
-def _check_key(key: Tensor) -> None:
+def check_key(key: Tensor) -> None:
+    """Raises a TypeError or a ValueError where this is no key."""
     if not isinstance(key, Tensor):
         raise TypeError(f"key: expected a uint64 tensor of shape [2], got {type(key).__name__}")
     if key.dtype != torch.uint64 or key.shape != (2,):

@@ -51,8 +51,8 @@ def save(
 
     Raises:
         ValueError: where ``params`` are not the model's, or a name contains a dot.
-        TypeError: for a leaf that is no tensor, or whose dtype safetensors does not know, or what
-            JSON cannot say. After any error, an earlier file is as it was.
+        TypeError: for a leaf that is no dense tensor, or whose dtype safetensors does not know, or
+            what JSON cannot say. After any error, an earlier file is as it was.
 
     >>> import tempfile
     >>> file = os.path.join(tempfile.mkdtemp(), "params.safetensors")
@@ -66,6 +66,9 @@ def save(
     for place, leaf in tree.leaves_with_path(params):
         if not isinstance(leaf, Tensor):
             raise TypeError(f"{tree.join(place)}: expected a tensor, got {tree.describe(leaf)}")
+        if leaf.is_meta or leaf.layout != torch.strided:
+            kind = "one on the meta device" if leaf.is_meta else f"a layout {leaf.layout}"
+            raise TypeError(f"{tree.join(place)}: expected a dense tensor with values, got {kind}")
         if any("." in name for name in place) or place[0] == "__metadata__":
             raise ValueError(f"{place}: expected names without dots, and not __metadata__")
         # A copy of its own, for safetensors refuses memory shared between leaves.

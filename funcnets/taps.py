@@ -16,6 +16,15 @@ from funcnets.tree.flatten import describe
 TapsLike: TypeAlias = Collection[str] | Mapping[str, Callable[[Any], Any] | None]
 
 
+def within(place: str, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """``function(*args, **options)``; its ValueErrors and TypeErrors begin with the place."""
+    try:
+        return function(*args, **options)
+    except (ValueError, TypeError) as error:
+        kind = ValueError if isinstance(error, ValueError) else TypeError
+        raise kind(f"{place}: {error}") from error
+
+
 class Taps:
     """The taps of one forward pass: a record local to it, which makes nothing else impure.
 
@@ -74,17 +83,21 @@ class Taps:
     def run(
         self, name: str, model: Any, params: Any, *inputs: Any, train: bool, key: Any = None
     ) -> tuple[Any, TensorDict | None]:
-        """``(outputs, new buffers or None)`` of a submodel, whose taps are those below ``name``."""
-        within = {
+        """``(outputs, new buffers or None)`` of a submodel, whose taps are those below ``name``.
+
+        Its errors say where it stands.
+        """
+        below = {
             place.removeprefix(f"{name}."): replace
             for place, replace in self._wanted.items()
             if place.startswith(f"{name}.")
         }
-        options = {"taps": within} if within else {}
-        result, buffers = layers.with_buffers(
-            model.apply, params, *inputs, train=train, key=key, **options
+        options = {"train": train, "key": key} | ({"taps": below} if below else {})
+        place = f"{self._model}: {name}"
+        result, buffers = within(
+            place, layers.with_buffers, model.apply, params, *inputs, **options
         )
-        if within:
+        if below:
             result, found = result
             for place, value in found.items():
                 self._known[f"{name}.{place}"] = None
@@ -100,9 +113,7 @@ class Taps:
         if self._wanted:
             unknown = [name for name in self._wanted if name not in self._found]
             if unknown:
-                raise ValueError(
-                    f"{self._model}: taps: expected names among {', '.join(self._known)}; "
-                    f"got {', '.join(unknown)}"
-                )
+                known = f"names among {', '.join(self._known)}" if self._known else "none here"
+                raise ValueError(f"{self._model}: taps: expected {known}; got {', '.join(unknown)}")
             outputs = outputs, self._found
         return layers.finish(outputs, buffers, train)

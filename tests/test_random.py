@@ -433,4 +433,4 @@ class TestErrors:
     )
     def test_keys(self, key, error, message):
         with pytest.raises(error, match=message):
-            random._check_key(key)
+            random.check_key(key)

@@ -222,6 +222,10 @@ class TestRefusedOnSaving:
             ({"a": [torch.ones(1)]}, TypeError),
             ({"a": {"b": torch.ones(1, dtype=torch.complex128)}}, TypeError),
             (torch.ones(1), TypeError),
+            (None, TypeError),
+            ({"a": None}, TypeError),
+            ({"a": {"b": torch.ones(1, device="meta")}}, TypeError),
+            ({"a": {"b": torch.eye(2).to_sparse()}}, TypeError),
         ]:
             with pytest.raises(error, match=r"expected|a\.b: safetensors cannot"):
                 save(path, params)

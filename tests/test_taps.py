@@ -146,3 +146,13 @@ def test_a_function_of_ones_own_needs_no_taps():
     assert model.apply({}, 3) == 3
     bound = bind("own", 0, lambda key, config: {}, lambda params, x, config, train, key: x)
     assert bound.apply({}, 3) == 3
+
+
+def test_errors_of_a_submodel_keep_their_kind():
+    for kind in (ValueError, TypeError):
+
+        def fails(params, x, kind=kind, **options):
+            raise kind("x: no")
+
+        with pytest.raises(kind, match="chain: first: x: no"):
+            Taps("chain", ()).run("first", Model(None, fails), {}, X, train=False)

@@ -126,6 +126,8 @@ def _slices(xs: Any, dim: int, length: int | None) -> tuple[Callable[[int], Any]
         found = ", ".join(f"{path} {n}" for path, n in lengths.items())
         raise ValueError(f"scan: xs: expected equal lengths along dimension {dim}, got {found}")
     turns = next(iter(lengths.values()))
+    if not isinstance(turns, (int, torch.SymInt)):
+        raise ValueError(f"scan: length: expected an int, got {turns!r}")
     if turns < 0:
         raise ValueError(f"scan: length: expected at least 0, got {turns}")
     parts = [leaf.unbind(dim) if turns else (leaf.sum(dim, dtype=leaf.dtype),) for leaf in leaves]
@@ -160,9 +162,16 @@ def while_loop(
     Returns:
         The last carry, a tuple.
 
+    Raises:
+        TypeError: cond_fn does not return a bool, or something carried is no tensor.
+        ValueError: the carry changes its structure, a shape or a dtype, or ``max_steps`` is no int
+            of at least 0.
+
     >>> while_loop(lambda n: n < 100, lambda n: (n * 2,), (torch.tensor(3),))
     (tensor(192),)
     """
+    if max_steps is not None and (not isinstance(max_steps, int) or max_steps < 0):
+        raise ValueError(f"while_loop: max_steps: expected an int of at least 0, got {max_steps!r}")
     carried = sequence("while_loop", "carried_inputs", carried_inputs)
     check_tensors("while_loop", "carried_inputs", carried)
     kind, sequences = describe(carried), (tuple, list, type(carried_inputs))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,7 +67,7 @@ def image_folder(
     Raises:
         FileNotFoundError: where there is neither folder nor zip file.
         ValueError: naming the file, where there are no images, one cannot be read, has more than
-            8 bits a value, or they differ in size.
+            8 bits a value, or they differ in size; or where mode or size is another.
 
     >>> import tempfile
     >>> from PIL import Image
@@ -182,6 +182,12 @@ def _read(
 
     if mode not in ("L", "RGB"):
         raise ValueError(f"mode: expected 'L' or 'RGB', got {mode!r}")
+    if size is not None and (
+        not isinstance(size, Sequence)
+        or len(size) != 2
+        or any(not isinstance(side, int) or side < 1 for side in size)
+    ):
+        raise ValueError(f"size: expected (height, width) in pixels, got {size!r}")
     images: list[Tensor] = []
     for place in places:
         name = "/".join(place)

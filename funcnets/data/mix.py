@@ -123,6 +123,8 @@ def _shares(name: str, x: Tensor, targets: Tensor, classes: int | None) -> Tenso
             f"{name}: targets: expected {len(x) if x.ndim else 'batch'} (as the samples), "
             f"got {describe(targets)}"
         )
+    if not x.is_floating_point():
+        raise ValueError(f"{name}: samples: expected a floating dtype, got {describe(x)}")
     if targets.is_floating_point():
         return targets
     if classes is None or targets.ndim != 1:

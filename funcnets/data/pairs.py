@@ -83,11 +83,7 @@ def triplets(key: random.Key, groups: Groups, num: int) -> tuple[Indices, Indice
     >>> bool((labels[anchor] != labels[negative]).any())
     True
     """
-    if not len(groups.several) or len(groups.count) < 2:
-        raise ValueError(
-            "triplets: expected two or more classes, one of them with two or more samples, got "
-            f"{len(groups.count)} of at most {groups.largest} samples"
-        )
+    _check_several("triplets", groups)
     keys = random.split(key, 4).unbind()
     chosen = groups.several[random.randint(keys[0], (num,), 0, len(groups.several))]
     start, count = groups.start[chosen], groups.count[chosen]
@@ -110,6 +106,9 @@ def pairs(
     Args:
         similar: how probable a pair of one class is.
 
+    Raises:
+        ValueError: as `triplets`, or where ``similar`` is no probability.
+
     >>> labels = torch.tensor([0, 0, 1, 1, 2])
     >>> first, second, same = pairs(random.key(0), group(labels), 8)
     >>> bool(((labels[first] == labels[second]) == same).all())
@@ -117,10 +116,19 @@ def pairs(
     """
     if not 0 <= similar <= 1:
         raise ValueError(f"pairs: similar: expected a rate between 0 and 1, got {similar}")
+    _check_several("pairs", groups)
     draw, choose = random.split(key)
     anchor, positive, negative = triplets(draw, groups, num)
     same = random.bernoulli(choose, (num,), similar)
     return anchor, torch.where(same, positive, negative), same
+
+
+def _check_several(name: str, groups: Groups) -> None:
+    if not len(groups.several) or len(groups.count) < 2:
+        raise ValueError(
+            f"{name}: expected two or more classes, one of them with two or more samples, got "
+            f"{len(groups.count)} of at most {groups.largest} samples"
+        )
 
 
 def balanced(

@@ -7,11 +7,14 @@ All in nats. The logarithm of the mean is `funcnets.losses.ensemble_log_probabil
 
 from __future__ import annotations
 
+import math
+
 import torch
 from einops import einsum, rearrange, reduce
 from jaxtyping import Float
 from torch import Tensor
 
+from funcnets import _torch
 from funcnets.losses import ensemble_log_probabilities
 from funcnets.tree.flatten import describe
 
@@ -27,6 +30,9 @@ def mean(
         weights: of the members, which sum to one; as of `greedy_selection`. A member of weight zero
             counts for nothing, whatever its logits are.
 
+    Raises:
+        ValueError: where the shapes do not fit, or the weights are negative or do not sum to one.
+
     >>> mean(torch.tensor([[[0.0, 0.0]], [[0.0, float("-inf")]]]))  # 1/2, 1/2 and 1, 0
     tensor([[0.7500, 0.2500]])
     """
@@ -37,6 +43,10 @@ def mean(
         raise ValueError(
             f"mean: weights: expected [{len(logits)}] (as the members), got {describe(weights)}"
         )
+    if not _torch.inlining() and not (
+        bool((weights >= 0).all()) and math.isclose(float(weights.sum()), 1, abs_tol=0.01)
+    ):
+        raise ValueError(f"mean: weights: expected none below 0 and a sum of 1, got {weights}")
     shape = (-1, *(1,) * (found.ndim - 1))
     found = torch.where(weights.reshape(shape) > 0, found, 0.0)
     return einsum(weights.to(found.dtype), found, "members, members ... -> ...")

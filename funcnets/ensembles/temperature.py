@@ -29,7 +29,8 @@ def fit_temperature(
         the difference is lost in rounding.)
 
     Raises:
-        ValueError: where the shapes do not fit, there are no samples, or a label is no class.
+        ValueError: where the shapes or dtypes do not fit, there are no samples, a label is no
+            class, or a logit is nan.
 
     >>> logits = torch.tensor([[4.0, 0.0]]).expand(4, 2)  # 98 % sure, and right in 3 of 4 cases
     >>> (logits[0] / fit_temperature(logits, torch.tensor([0, 0, 0, 1]))).softmax(-1)
@@ -40,6 +41,13 @@ def fit_temperature(
             "fit_temperature: expected logits [..., classes] and labels [...], at least one, "
             f"got {describe(logits)} and {describe(labels)}"
         )
+    if not logits.is_floating_point() or labels.is_floating_point():
+        raise ValueError(
+            "fit_temperature: expected floats as logits and integers as labels, "
+            f"got {describe(logits)} and {describe(labels)}"
+        )
+    if not _torch.inlining() and bool(logits.isnan().any()):
+        raise ValueError("fit_temperature: logits: expected numbers, got nan")
     classes = logits.shape[-1]
     if not _torch.inlining() and not bool(((labels >= 0) & (labels < classes)).all()):
         raise ValueError(

@@ -58,7 +58,7 @@ def contrastive(
             share of each.
 
     Raises:
-        ValueError: where the shapes do not fit.
+        ValueError: where the shapes or dtypes do not fit.
 
     >>> x, y = torch.tensor([[0.0], [0.0]]), torch.tensor([[3.0], [0.5]])
     >>> contrastive(x, y, torch.tensor([1, 0]))  # the mean of 3 ** 2 and (2 - 0.5) ** 2
@@ -98,7 +98,7 @@ def triplet_margin(
         where: the triplets that count, by default all; without any the loss is zero.
 
     Raises:
-        ValueError: where the shapes do not fit.
+        ValueError: where the shapes or dtypes do not fit.
 
     >>> anchor, positive, negative = torch.tensor([[[0.0]], [[1.0]], [[1.5]]])
     >>> triplet_margin(anchor, positive, negative)
@@ -199,7 +199,7 @@ def info_nce(
         symmetric: the mean of this and of picking the query of each key (Radford et al. 2021).
 
     Raises:
-        ValueError: where the shapes do not fit.
+        ValueError: where the shapes or dtypes do not fit.
 
     >>> x = torch.eye(2)
     >>> info_nce(x, x, temperature=1.0)  # log(1 + exp(-1))
@@ -261,10 +261,11 @@ def prototypical_logits(
 
     Args:
         support: the samples of the classes.
-        labels: theirs, from 0 to classes - 1. A class that has no sample gets minus infinity.
+        labels: theirs, from 0 to classes - 1; a sample of any other label is of no class. A class
+            that has no sample gets minus infinity.
 
     Raises:
-        ValueError: where the shapes do not fit.
+        ValueError: where the shapes do not fit, or labels are no integers.
 
     >>> support, labels = torch.tensor([[0.0], [2.0], [5.0]]), torch.tensor([0, 0, 1])
     >>> prototypical_logits(support, labels, torch.tensor([[2.0]]), classes=2)
@@ -280,6 +281,8 @@ def prototypical_logits(
             f"prototypical: labels: expected {list(support.shape[:1])} (as support), "
             f"got {list(labels.shape)}"
         )
+    if labels.is_floating_point() or labels.is_complex():
+        raise ValueError(f"prototypical: labels: expected integers, got {describe(labels)}")
     if classes < 1:
         raise ValueError(f"prototypical: classes: expected at least 1, got {classes}")
     member = rearrange(labels, "s -> s 1") == torch.arange(classes, device=labels.device)
@@ -351,7 +354,9 @@ def _cosines(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _check_rows(name: str, **embeddings: Tensor) -> None:
-    shapes = [x.shape for x in embeddings.values()]
+    shapes, dtypes = ([getattr(x, a) for x in embeddings.values()] for a in ("shape", "dtype"))
+    got = ", ".join(f"{key} {describe(x)}" for key, x in embeddings.items())
     if any(len(shape) != 2 or shape != shapes[0] for shape in shapes) or not shapes[0][0]:
-        got = ", ".join(f"{key} {describe(x)}" for key, x in embeddings.items())
         raise ValueError(f"{name}: expected equal shapes [batch, features], got {got}")
+    if len(set(dtypes)) > 1 or not dtypes[0].is_floating_point:
+        raise ValueError(f"{name}: expected floats of one dtype, got {got}")

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from jaxtyping import Float
-from tensordict import TensorDict
+from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from funcnets.random import Key
@@ -41,6 +41,7 @@ def weighted_sum(
     """
     first = _check_losses("weighted_sum", losses)
     weights = dict.fromkeys(losses, 1.0) if weights is None else weights
+    _check_named("weighted_sum", "weights", weights)
     _check_names("weighted_sum", "weights", weights.keys(), losses)
     for name, loss in losses.items():
         if loss.shape != first.shape:
@@ -153,12 +154,18 @@ def uncertainty(params: TensorDict, losses: Mapping[str, Float[Tensor, ""]]) -> 
 
 def _check_losses(function: str, losses: Mapping[str, Tensor]) -> Tensor:
     """The first loss; raises where there is none."""
+    _check_named(function, "losses", losses)
     if not losses:
         raise ValueError(f"{function}: losses: expected at least one, got none")
     for name, loss in losses.items():
         if not isinstance(loss, Tensor):
             raise TypeError(f"{function}: losses.{name}: expected a tensor, got {describe(loss)}")
     return next(iter(losses.values()))
+
+
+def _check_named(function: str, field: str, named: object) -> None:
+    if not isinstance(named, (Mapping, TensorDictBase)):
+        raise TypeError(f"{function}: {field}: expected a dict by name, got {describe(named)}")
 
 
 def _check_names(

@@ -76,14 +76,6 @@ def check_alike(family: str, parts: dict[str, Model]) -> None:
             raise ValueError(f"{family}: {place}: expected {expected} (as {first}), got {size}")
 
 
-def within(place: str, function: Callable[..., Any], *args: Any) -> Any:
-    """``function(*args)``; its ValueErrors begin with the place."""
-    try:
-        return function(*args)
-    except ValueError as error:
-        raise ValueError(f"{place}: {error}") from error
-
-
 def check_sizes(model: str, **sizes: int) -> None:
     """Raises unless every size is a positive integer."""
     for name, size in sizes.items():

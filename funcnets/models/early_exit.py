@@ -14,7 +14,7 @@ from funcnets import random
 from funcnets.control import route
 from funcnets.model import Model, bind
 from funcnets.models import blocks
-from funcnets.taps import Taps, TapsLike
+from funcnets.taps import Taps, TapsLike, within
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,8 @@ def early_exit(stages: Sequence[Model], exits: Sequence[Model], threshold: float
     budget.
 
     In training every exit gives its logits for every sample, [exits, batch, classes]; their losses
-    are to be summed. Parameters and taps (in training) are named ``stages.{i}`` and ``exits.{i}``.
+    are to be summed. Parameters and taps are named ``stages.{i}`` and ``exits.{i}``; there are taps
+    in training alone, for at inference the samples part ways.
 
     Args:
         stages: each takes what the one before returns, [batch, ...].
@@ -84,7 +85,7 @@ def init(key: random.Key, config: Config) -> TensorDict:
 
 def check(x: Any, config: Config) -> None:
     """Raises unless x is what the first stage takes."""
-    blocks.within("early_exit: stages.0", config.stages[0].check, x)
+    within("early_exit: stages.0", config.stages[0].check, x)
 
 
 def forward(
@@ -122,8 +123,9 @@ def forward(
 
 def _leave(params: Any, x: Any, threshold: float | Tensor, i: int, config: Config) -> Any:
     """One more stage for these samples; those that are sure then leave."""
-    h = config.stages[i].apply(params["stages", str(i)], x)
-    logits = config.exits[i].apply(params["exits", str(i)], h)
+    parts = config.stages[i], config.exits[i]
+    h = within(f"early_exit: stages.{i}", parts[0].apply, params["stages", str(i)], x)
+    logits = within(f"early_exit: exits.{i}", parts[1].apply, params["exits", str(i)], h)
     # Not an integer, for the derivative of torch's own conditional knows none.
     taken = logits.new_full(logits.shape[:1], i)
     if i + 1 == len(config.stages):

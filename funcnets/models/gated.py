@@ -15,7 +15,7 @@ from funcnets.control import cond, route
 from funcnets.layers import init_linear, linear
 from funcnets.model import Model, bind
 from funcnets.models import blocks
-from funcnets.taps import Taps, TapsLike
+from funcnets.taps import Taps, TapsLike, within
 
 Gate: TypeAlias = Literal["straight_through", "gumbel"]
 
@@ -103,7 +103,7 @@ def init(key: random.Key, config: Config) -> TensorDict:
 
 def check(x: Any, config: Config) -> None:
     """Raises unless x is what the base takes."""
-    blocks.within("gated: base", config.base.check, x)
+    within("gated: base", config.base.check, x)
 
 
 def forward(
@@ -127,7 +127,7 @@ def forward(
     gate = None
     if deep is None:
         seen = reduce(h, "batch features ... -> batch features", "mean") if h.ndim > 2 else h
-        gate = tap("gate", linear(params["gate"], seen)[..., 0])
+        gate = tap("gate", within("gated: gate", linear, params["gate"], seen)[..., 0])
     if train and (gate is not None or (isinstance(deep, Tensor) and deep.ndim)):
         both = {}
         for name, model, one in (("shallow", config.shallow, 1), ("deep", config.deep, 2)):
@@ -137,8 +137,8 @@ def forward(
         outputs, chance = _whole(params, h, deep, keys, config, new), None
     else:
         paths = [
-            lambda p, h: config.shallow.apply(p["shallow"], h),
-            lambda p, h: config.deep.apply(p["deep"], h),
+            lambda p, h: within("gated: shallow", config.shallow.apply, p["shallow"], h),
+            lambda p, h: within("gated: deep", config.deep.apply, p["deep"], h),
         ]
         chance = None if gate is None else torch.sigmoid(gate)
         way: Any = deep if gate is None else gate > 0
@@ -180,7 +180,8 @@ def _whole(
 
     def path(name: str, model: Model, one: int) -> Any:
         def run(params: Any, h: Any) -> Any:
-            outputs, fresh = model.apply(params[name], h, train=True, key=keys[one])
+            options = {"train": True, "key": keys[one]}
+            outputs, fresh = within(f"gated: {name}", model.apply, params[name], h, **options)
             return outputs, {**held, name: fresh}
 
         return run

@@ -10,14 +10,14 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from einops import einsum, rearrange, reduce
-from tensordict import TensorDict
+from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from funcnets import random, tree
 from funcnets.layers import activation, init_linear, linear
 from funcnets.model import Model, bind
 from funcnets.models import blocks
-from funcnets.taps import Taps, TapsLike
+from funcnets.taps import Taps, TapsLike, within
 
 Fusion: TypeAlias = Literal["concat", "sum", "gated", "attention"]
 Encoders: TypeAlias = tuple[tuple[str, Model | str], ...]
@@ -259,8 +259,9 @@ def forward(
         x = given[name]
         if name in masks:  # whatever stands where nothing is, be it nan or -1
             x = torch.where(_spread(masks[name], x), x, 0)
-        parts[name], found[source] = _run(
-            tap, f"encoders.{name}", config.encoder(name), shared[source], x, train, encoder_key
+        place, encoder = f"encoders.{name}", config.encoder(name)
+        parts[name], found[source] = tap.run(
+            place, encoder, shared[source], x, train=train, key=encoder_key
         )
     _check_parts(parts, config)
     x = _fuse(params, parts, masks, config, tap)
@@ -269,20 +270,12 @@ def forward(
     for name, head in config.heads:
         place, head_params, head_key = f"heads.{name}", params["heads", name], next(keys)
         if isinstance(head, Model):
-            outputs[name], new["heads"][name] = _run(
-                tap, place, head, head_params, x, train, head_key
+            outputs[name], new["heads"][name] = tap.run(
+                place, head, head_params, x, train=train, key=head_key
             )
         else:
-            outputs[name] = tap(place, linear(head_params, x))
+            outputs[name] = tap(place, within(f"multimodal: {place}", linear, head_params, x))
     return tap.finish(outputs, new, train)
-
-
-def _run(
-    tap: Taps, place: str, model: Model, params: Any, x: Any, train: bool, key: Any
-) -> tuple[Any, TensorDict | None]:
-    """The outputs and new buffers of a submodel, whose errors say where it stands."""
-    run = functools.partial(tap.run, train=train, key=key)
-    return blocks.within(f"multimodal: {place}", run, place, model, params, x)
 
 
 def _fuse(
@@ -359,7 +352,7 @@ def _check_inputs(
     inputs: Any, present: Any, config: Config
 ) -> tuple[Mapping[str, Any], dict[str, Tensor]]:
     """The inputs by name and the masks of some of them."""
-    given = tree.entries(inputs)
+    given = _named(inputs)
     if given is None:
         raise TypeError(
             f"multimodal: inputs: expected a dict of {', '.join(config.inputs)}, "
@@ -367,7 +360,7 @@ def _check_inputs(
         )
     masks: dict[str, Any] = {}
     if present is not None:
-        held = tree.entries(present)
+        held = _named(present)
         if held is None:
             raise TypeError(
                 f"multimodal: present: expected a dict of masks, got {tree.describe(present)}"
@@ -392,8 +385,13 @@ def _check_inputs(
                 f"got {list(mask.shape)}"
             )
     for name, x in given.items():
-        blocks.within(f"multimodal: encoders.{name}", config.encoder(name).check, x)
+        within(f"multimodal: encoders.{name}", config.encoder(name).check, x)
     return given, masks
+
+
+def _named(given: Any) -> Mapping[str, Any] | None:
+    """What a dict or TensorDict holds by name; None for anything else."""
+    return tree.entries(given) if isinstance(given, (dict, TensorDictBase)) else None
 
 
 def _check_known(field: str, named: Any, config: Config, optional: Sequence[str]) -> None:

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from tensordict import TensorDict
+from torch import Tensor
 
 from funcnets import random, tree
 from funcnets.layers import finish, normalize
 from funcnets.model import Model, bind
-from funcnets.models import blocks
-from funcnets.taps import Taps, TapsLike
+from funcnets.taps import Taps, TapsLike, within
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def check(*inputs: Any, config: Config) -> None:
     if not inputs:
         raise ValueError("siamese: expected at least one input, got none")
     for i, x in enumerate(inputs):
-        blocks.within(f"siamese: inputs[{i}]", config.encoder.check, x)
+        within(f"siamese: inputs[{i}]", config.encoder.check, x)
 
 
 def forward(
@@ -88,6 +88,11 @@ def forward(
         tapped = Taps("siamese", taps)
         y, buffers = tapped.run("encoder", config.encoder, shared, x, train=train, key=own_key)
         if config.normalize:
+            if not isinstance(y, Tensor):
+                raise TypeError(
+                    "siamese: normalize: expected embeddings that are one tensor, "
+                    f"got {tree.describe(y)}"
+                )
             y = normalize(y)
         y = tapped.finish(y, {}, train=False)
         if taps:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
+from tensordict import TensorDictBase
 from torch import Tensor
 from torch.func import vmap
 
@@ -104,7 +105,16 @@ def turns(batches: Batches, key: Tensor, start: int = 0) -> Iterator[Turn]:
 
     Raises:
         ValueError: where an epoch has no batch.
+        TypeError: the batches are one tensor, or have names.
     """
+    if not callable(batches) and (
+        isinstance(batches, (str, bytes, Tensor, Mapping, TensorDictBase))
+        or not isinstance(batches, Iterable)
+    ):
+        raise TypeError(
+            "batches: expected a function of a key, as minibatches gives it, or a sequence of "
+            f"batches, got {tree.describe(batches)}"
+        )
     step = 0
     for epoch in itertools.count():
         order: Any = batches

@@ -50,6 +50,7 @@ class Step:
             params: all of the network's parameters, buffers included.
             key: of the run; it goes where the parameters are.
         """
+        random.check_key(key)
         trained, buffers = tree.partition(params)
         frozen: Tree = TensorDict({}) if isinstance(params, TensorDictBase) else {}
         if self.trainable is not None:

@@ -164,13 +164,14 @@ def test_scan_of_no_turns(run, dim):
         (ValueError, "expected xs or a length, got neither", {}),
         (ValueError, "expected xs or a length, got neither", {"xs": {}}),
         (ValueError, "length: expected at least 0, got -1", {"length": -1}),
+        (ValueError, "length: expected an int, got 2.0", {"length": 2.0}),
         (ValueError, r"xs: 1: .* dimension 1, got float32\[2\]",
          {"xs": (torch.ones(2, 2), torch.ones(2)), "dim": 1}),
         (ValueError, r"dimension 0, got float32\[\]", {"xs": torch.tensor(1.0)}),
         (ValueError, r"xs: 0: .* got float", {"xs": [1.0]}),
     ],
 )  # fmt: skip
-def test_scan_sequences_that_do_not_fit(error, pattern, arguments):
+def test_scan_sequences_that_do_not_fit(error, pattern, arguments, unchecked):
     with pytest.raises(error, match=f"scan: .*{pattern}"):
         scan(lambda c, x: (c, c), torch.tensor(0.0), **arguments)
 
@@ -384,6 +385,14 @@ def test_max_steps_bounds_the_turns(value, max_steps, run):
     assert_same(
         RUN[run](vmap(grad(lambda x: f(x)[1])))(xs), per_member(grad(lambda x: f(x)[1]), xs)
     )
+
+
+@pytest.mark.parametrize("max_steps", [-1, 2.5])
+def test_max_steps_that_are_none(max_steps, unchecked):
+    with pytest.raises(
+        ValueError, match=f"while_loop: max_steps: .* of at least 0, got {max_steps}"
+    ):
+        while_loop(lambda n: n < 3, lambda n: (n + 1,), (torch.tensor(0),), max_steps=max_steps)
 
 
 @pytest.mark.parametrize("max_steps", [None, 5])

@@ -70,7 +70,7 @@ def test_what_is_no_image_is_passed_over(tmp_path):
     assert data.image_folder(tmp_path).names == ("a/1.PNG",)
 
 
-def test_modes_and_sizes(tmp_path):
+def test_modes_and_sizes(tmp_path, unchecked):
     colour = np.zeros((2, 3, 3))
     colour[..., 0] = 255
     write(tmp_path, {"1.png": colour, "2.png": image(7, 6, 8)})
@@ -80,6 +80,9 @@ def test_modes_and_sizes(tmp_path):
     assert data.image_folder(tmp_path, size=(4, 5)).images.shape == (2, 1, 4, 5)
     with pytest.raises(ValueError, match=re.escape("mode: expected 'L' or 'RGB', got 'CMYK'")):
         data.image_folder(tmp_path, mode="CMYK")
+    for size in (2, (2,), (2, 0), (2.0, 2.0)):
+        with pytest.raises(ValueError, match=re.escape("size: expected (height, width) in pixels")):
+            data.image_folder(tmp_path, size=size)
 
 
 def test_a_zip_file_of_images_at_its_top(tmp_path):

@@ -172,6 +172,14 @@ IMAGES = torch.zeros(2, 1, 4, 4)
             "mixup: targets: expected labels from 0 to 1, got 0 to 2",
         ),
         (
+            lambda key: data.mixup(key, torch.arange(2), torch.arange(2), classes=2),
+            "mixup: samples: expected a floating dtype, got int64[2]",
+        ),
+        (
+            lambda key: data.cutmix(key, IMAGES.byte(), torch.arange(2), classes=2),
+            "cutmix: samples: expected a floating dtype, got uint8",
+        ),
+        (
             lambda key: data.cutmix(key, IMAGES, torch.arange(2), alpha=0, classes=2),
             "alpha: expected more than 0, got 0",
         ),

@@ -171,6 +171,10 @@ def test_compiled(name):
             "got 1 of at most 3 samples",
         ),
         (
+            lambda: data.pairs(random.key(0), data.group(torch.arange(3)), 4),
+            "pairs: expected two or more classes, one of them with two or more samples, got 3",
+        ),
+        (
             lambda: data.pairs(random.key(0), GROUPS, 4, 1.5),
             "pairs: similar: expected a rate between 0 and 1, got 1.5",
         ),

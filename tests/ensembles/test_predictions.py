@@ -87,3 +87,6 @@ def test_other_errors(unchecked):
         ensembles.disagreement(torch.zeros(1, 2, 2))
     with pytest.raises(ValueError, match=re.escape("mean: weights: expected [3] (as the members)")):
         ensembles.mean(torch.zeros(3, 2, 2), torch.ones(2))
+    for weights in ([1.0, 1.0], [1.5, -0.5], [torch.nan, 1.0]):
+        with pytest.raises(ValueError, match="weights: expected none below 0 and a sum of 1, got"):
+            ensembles.mean(torch.zeros(2, 2, 2), torch.tensor(weights))

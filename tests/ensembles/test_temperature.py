@@ -73,6 +73,9 @@ def test_errors(unchecked):
         ),
         (torch.zeros(0, 2), torch.zeros(0).long(), "at least one, got float32[0, 2]"),
         (torch.zeros(2, 2), torch.tensor([0, 2]), "labels: expected 0 to 1, got 0 to 2"),
+        (torch.zeros(2, 2).long(), torch.tensor([0, 1]), "floats as logits and integers as labels"),
+        (torch.zeros(2, 2), torch.zeros(2), "integers as labels, got float32[2, 2] and float32[2]"),
+        (torch.full((2, 2), torch.nan), torch.tensor([0, 1]), "logits: expected numbers, got nan"),
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
             ensembles.fit_temperature(logits, labels)

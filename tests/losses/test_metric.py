@@ -333,6 +333,18 @@ X = torch.ones(4, 3)
             r"prototypical: query_labels: expected \[4\] \(as queries\), got \[3\]",
         ),
         (
+            lambda: losses.contrastive(X.long(), X.long(), torch.ones(4)),
+            r"contrastive: expected floats of one dtype, got first int64\[4, 3\], second int64",
+        ),
+        (
+            lambda: losses.info_nce(X, X.double()),
+            r"info_nce: expected floats of one dtype, got queries float32.*, keys float64\[4, 3\]",
+        ),
+        (
+            lambda: losses.prototypical_logits(X, torch.zeros(4), X, 2),
+            r"prototypical: labels: expected integers, got float32\[4\]",
+        ),
+        (
             lambda: losses.prototypical_logits(X, torch.zeros(4).long(), X, 0),
             "prototypical: classes: expected at least 1, got 0",
         ),

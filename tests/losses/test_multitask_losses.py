@@ -273,3 +273,8 @@ def test_errors(call, message, unchecked):
 def test_a_loss_that_is_no_tensor(unchecked):
     with pytest.raises(TypeError, match=r"losses.a: expected a tensor, got float"):
         losses.weighted_sum({"a": 1.0})
+    value = torch.tensor(1.0)
+    with pytest.raises(TypeError, match="weighted_sum: losses: expected a dict by name, got list"):
+        losses.weighted_sum([value])
+    with pytest.raises(TypeError, match="weighted_sum: weights: expected a dict by name, got list"):
+        losses.weighted_sum({"a": value}, [1.0])

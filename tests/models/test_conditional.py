@@ -280,3 +280,29 @@ def test_calls_that_do_not_fit(unchecked):
             gate.apply(params[gate], x, train=True)
         with pytest.raises(ValueError, match=r"early_exit: threshold: .* got 2"):
             exits.apply(params[exits], x, 2)
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_errors_of_later_parts_say_where(train, unchecked):
+    wide = models.mlp(5, 2, ())  # takes five features, and gets four
+    narrow, x = models.mlp(3, 4, ()), torch.zeros(2, 3)
+    gated = models.gated(narrow, models.mlp(4, 2, ()), wide)
+    params = gated.init(KEY)
+    message = r"gated: deep: mlp: x: expected \[\.\.\., 5\], got \[[12], 4\]"  # of some, routed
+    for deep in (True, torch.tensor(True), torch.tensor([True, False])):
+        with pytest.raises(ValueError, match=message):
+            gated.apply(params, x, deep, train=train)
+    for stages, exits, place in (
+        ([narrow, wide], [models.mlp(4, 2, ())] * 2, "stages.1"),
+        ([narrow], [wide], "exits.0"),
+    ):
+        model = models.early_exit(stages, exits, 1.0)
+        message = re.escape(f"early_exit: {place}: mlp: x: expected [..., 5], got [2, 4]")
+        with pytest.raises(ValueError, match=message):
+            model.apply(model.init(KEY), x, train=train)
+
+
+def test_there_are_no_taps_where_samples_part_ways():
+    model = models.early_exit([A], [B])
+    with pytest.raises(ValueError, match=r"early_exit: taps: expected none here; got stages\.0"):
+        model.apply(model.init(KEY), torch.zeros(2, 3), taps=["stages.0"])

@@ -494,6 +494,11 @@ def test_inputs_that_are_no_dict():
         model.apply(params, inputs["table"])
     with pytest.raises(TypeError, match=r"present: expected a dict of masks, got int64\[4\]"):
         model.apply(params, inputs, inputs["kind"])
+    for nothing in (None, [inputs]):
+        with pytest.raises(TypeError, match=r"multimodal: inputs: expected a dict of image, table"):
+            model.apply(params, nothing)
+    with pytest.raises(TypeError, match=r"multimodal: present: expected a dict of masks, got list"):
+        model.apply(params, inputs, ["kind"])
 
 
 def test_inputs_that_do_not_fit_say_where(unchecked):

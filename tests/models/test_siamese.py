@@ -298,3 +298,14 @@ def test_errors(unchecked):
         model.apply(params, fits, x)
     with pytest.raises(ValueError, match=r"encoder\.0: missing"), NoArithmetic():
         model.apply(TensorDict({"encoder": params["encoder"].exclude("0")}), x)
+
+
+def test_what_the_encoder_refuses_has_a_place(unchecked):
+    model = models.siamese(models.mlp(3, 2, dropout=0.5))
+    x = torch.ones(4, 3)
+    with pytest.raises(ValueError, match="siamese: encoder: mlp: key: expected a key"):
+        model.apply(model.init(KEY), x, train=True)
+    several = models.multimodal({"x": models.mlp(3, 4)}, {"y": 2})
+    twins = models.siamese(several, normalize=True)
+    with pytest.raises(TypeError, match="siamese: normalize: expected embeddings that are one"):
+        twins.apply(twins.init(KEY), {"x": x})

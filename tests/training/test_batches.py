@@ -90,6 +90,12 @@ def test_an_empty_loader_is_an_error(empty):
         next(training.turns(empty, KEY))
 
 
+@pytest.mark.parametrize("batches", [{"x": torch.ones(2)}, torch.ones(4, 2), "abc", 3, None])
+def test_what_is_no_batches_is_an_error(batches, unchecked):
+    with pytest.raises(TypeError, match=r"batches: expected a function of a key, .* got"):
+        next(training.turns(batches, KEY))
+
+
 def test_data_that_do_not_fit():
     with pytest.raises(ValueError, match=r"one number of samples, got 0 \[3\], 1 \[4\]"):
         training.minibatches((torch.ones(3), torch.ones(4)), 2)

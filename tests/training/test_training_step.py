@@ -234,7 +234,7 @@ def test_inputs_by_position_by_name_and_an_apply_of_ones_own():
     assert step(state, ({"x": x}, x))[1]["loss"] == 1
 
 
-def test_errors():
+def test_errors(unchecked):
     model = mlp()
     x, y = data()
     for options in ({"accumulate": 0}, {"nonfinite": "ignore"}, {"precision": "int8"}):
@@ -244,6 +244,8 @@ def test_errors():
     with pytest.raises(ValueError, match=r"multiple of 5, got 0 \[24, 6\], 1 \[24\]"):
         step(start(step, model), (x, y))
     step = make(model)
+    with pytest.raises(TypeError, match="key: expected a uint64 tensor"):
+        step.init(model.init(random.key(0)), 0)
     state = start(step, model)
     with pytest.raises(TypeError, match=r"\(inputs, targets\)"):
         step(state, x)
