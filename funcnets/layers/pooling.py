@@ -1,16 +1,18 @@
 """Pooling.
 
 Pooling has no parameters, so torch's own functions are the layers: they work under vmap, grad and
-forward mode as they are. Beside them stand those that torch.nn has no function for.
+forward mode as they are. Beside them stand those that torch.nn has no function for, and a faster
+`max_pool2d`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
+import torch
 import torch.nn.functional as F
-from einops import reduce
+from einops import rearrange, reduce
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import (
@@ -24,10 +26,10 @@ from torch.nn.functional import (
     avg_pool2d,
     avg_pool3d,
     max_pool1d,
-    max_pool2d,
     max_pool3d,
 )
 
+from funcnets import _torch
 from funcnets.layers.activations import Activation
 from funcnets.layers.fresh import activate_fresh
 
@@ -48,6 +50,62 @@ __all__ = [
     "max_pool2d",
     "max_pool3d",
 ]
+
+# From how many numbers and channels on it pays to look for the largest with channels last.
+_MANY_NUMBERS, _SEVERAL_CHANNELS = 2**16, 8
+
+Sizes: TypeAlias = int | tuple[int, ...] | list[int]
+
+
+def max_pool2d(
+    x: Float[Tensor, "*batch channels height width"],
+    kernel_size: Sizes,
+    stride: Sizes | None = None,
+    padding: Sizes = 0,
+    dilation: Sizes = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Any:
+    """`torch.nn.functional.max_pool2d`, bit for bit, its gradients included.
+
+    On a CPU torch looks for the largest of a window number by number where images are contiguous,
+    and in all channels at once where those come last. So eager code finds the places in a copy with
+    channels last, and gathers from there: a half of the time of a forward and a backward pass, a
+    third of a forward pass.
+
+    >>> max_pool2d(torch.arange(16.0).reshape(1, 1, 4, 4), 2)
+    tensor([[[[ 5.,  7.],
+              [13., 15.]]]])
+    """
+    window: Any = kernel_size, stride, padding, dilation, ceil_mode, return_indices
+    if return_indices or not _gains_with_channels_last(x):
+        return F.max_pool2d(x, *window)
+    last = rearrange(x.detach(), "batch channels height width -> batch height width channels")
+    _, places = F.max_pool2d(
+        rearrange(last.contiguous(), "batch height width channels -> batch channels height width"),
+        *window[:-1],
+        return_indices=True,
+    )
+    flat = "batch channels height width -> batch channels (height width)"
+    found = rearrange(x, flat).gather(2, rearrange(places, flat))
+    return rearrange(
+        found,
+        "batch channels (height width) -> batch channels height width",
+        height=places.shape[2],
+    )
+
+
+def _gains_with_channels_last(x: Tensor) -> bool:
+    if torch.compiler.is_dynamo_compiling() or _torch.abstract():
+        return False  # what compiles lays out its own loops
+    if x.ndim != 4 or x.device.type != "cpu" or x.shape[1] < _SEVERAL_CHANNELS:
+        return False
+    # In narrower dtypes a sum of several gradients would be rounded otherwise.
+    if x.dtype not in (torch.float32, torch.float64):
+        return False
+    held = _torch.physical(x)
+    return held.numel() >= _MANY_NUMBERS and held.stride(-3) != 1
+
 
 _OF_THE_LARGEST = frozenset({max_pool1d, max_pool2d, max_pool3d})
 
