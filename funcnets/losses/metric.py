@@ -355,8 +355,11 @@ def _cosines(x: Tensor, y: Tensor) -> Tensor:
 
 def _check_rows(name: str, **embeddings: Tensor) -> None:
     shapes, dtypes = ([getattr(x, a) for x in embeddings.values()] for a in ("shape", "dtype"))
-    got = ", ".join(f"{key} {describe(x)}" for key, x in embeddings.items())
     if any(len(shape) != 2 or shape != shapes[0] for shape in shapes) or not shapes[0][0]:
-        raise ValueError(f"{name}: expected equal shapes [batch, features], got {got}")
-    if len(set(dtypes)) > 1 or not dtypes[0].is_floating_point:
-        raise ValueError(f"{name}: expected floats of one dtype, got {got}")
+        expected = "equal shapes [batch, features]"
+    elif len(set(dtypes)) > 1 or not dtypes[0].is_floating_point:
+        expected = "floats of one dtype"
+    else:
+        return
+    got = ", ".join(f"{key} {describe(x)}" for key, x in embeddings.items())
+    raise ValueError(f"{name}: expected {expected}, got {got}")

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
-from tensordict import TensorDictBase
 from torch import Tensor
 from torch.func import vmap
 
@@ -105,12 +104,10 @@ def turns(batches: Batches, key: Tensor, start: int = 0) -> Iterator[Turn]:
 
     Raises:
         ValueError: where an epoch has no batch.
-        TypeError: the batches are one tensor, or have names.
+        TypeError: the batches are neither a function nor a sequence, or have names.
     """
-    if not callable(batches) and (
-        isinstance(batches, (str, bytes, Tensor, Mapping, TensorDictBase))
-        or not isinstance(batches, Iterable)
-    ):
+    known = callable(batches) or hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")
+    if not known or isinstance(batches, (str, bytes, dict)):
         raise TypeError(
             "batches: expected a function of a key, as minibatches gives it, or a sequence of "
             f"batches, got {tree.describe(batches)}"

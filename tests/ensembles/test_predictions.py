@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
+import warnings
 
 import pytest
 import torch
@@ -73,6 +74,9 @@ def test_weights_of_members():
     logits[1] = torch.nan  # a member that diverged, and is not taken
     expected = logits[0].softmax(-1) * 0.25 + logits[2].softmax(-1) * 0.75
     torch.testing.assert_close(ensembles.mean(logits, weights), expected)
+    with warnings.catch_warnings(action="error"):  # learned by backward()
+        learned = ensembles.mean(logits, weights.requires_grad_())
+    torch.testing.assert_close(learned, expected)
 
 
 @pytest.mark.parametrize("name", NAMES)

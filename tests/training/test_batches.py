@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tensordict import TensorDict
 from torch.utils.data import DataLoader, TensorDataset
 
 from funcnets import data, random, training
@@ -90,10 +91,38 @@ def test_an_empty_loader_is_an_error(empty):
         next(training.turns(empty, KEY))
 
 
-@pytest.mark.parametrize("batches", [{"x": torch.ones(2)}, torch.ones(4, 2), "abc", 3, None])
+@pytest.mark.parametrize("batches", [{"x": torch.ones(2)}, "abc", 3, None])
 def test_what_is_no_batches_is_an_error(batches, unchecked):
     with pytest.raises(TypeError, match=r"batches: expected a function of a key, .* got"):
         next(training.turns(batches, KEY))
+
+
+class Indexed:
+    """Batches as torch.utils.data.Dataset has its samples: by number alone."""
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, place):
+        return torch.full((3,), float(place))
+
+
+@pytest.mark.parametrize(
+    "batches",
+    [
+        Indexed(),
+        torch.tensor([[0.0] * 3, [1.0] * 3]),
+        TensorDict({"x": torch.tensor([[0.0] * 3, [1.0] * 3])}, [2]),
+    ],
+)
+def test_whatever_has_a_number_of_batches_is_a_sequence(batches, unchecked):
+    turns = list(itertools.islice(training.turns(batches, KEY), 3))
+    found = [turn.batch["x"] if isinstance(batches, TensorDict) else turn.batch for turn in turns]
+    assert [batch.tolist() for batch in found] == [[0.0] * 3, [1.0] * 3, [0.0] * 3]
+    assert [(turn.epoch, turn.step, turn.last) for turn in turns[1:]] == [
+        (0, 1, True),
+        (1, 2, False),
+    ]
 
 
 def test_data_that_do_not_fit():
