@@ -14,6 +14,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from funcnets import _torch, random
+from funcnets.layers import members_norm
 from funcnets.layers.initializers import Initializer, ones, zeros
 from funcnets.layers.params import check_dtype, check_positive, entries, fail, shape
 from funcnets.random import Key
@@ -118,7 +119,7 @@ def batch_norm(
     weight, bias = found.get("weight", None), found.get("bias", None)
     mean, var = found.get("running_mean", None), found.get("running_var", None)
     if not train and mean is not None and var is not None:
-        return _batch_norm(x, weight, bias, mean.detach(), var.detach(), False, 0.0, eps)
+        return _by_statistics(x, weight, bias, mean.detach(), var.detach(), eps)
     count = math.prod(x.shape) // x.shape[1]
     if count <= 1:
         fail(layer, "x", "more than one value per channel in training", x.shape)
@@ -220,7 +221,7 @@ def instance_norm(
     weight, bias = found.get("weight", None), found.get("bias", None)
     mean, var = found.get("running_mean", None), found.get("running_var", None)
     if not train and mean is not None and var is not None:
-        return _batch_norm(x, weight, bias, mean.detach(), var.detach(), False, 0.0, eps)
+        return _by_statistics(x, weight, bias, mean.detach(), var.detach(), eps)
     if math.prod(x.shape[2:]) <= 1:
         fail(layer, "x", "more than one value per channel and sample", x.shape)
     if not train:
@@ -401,13 +402,23 @@ def _batch_norm(
     return torch.batch_norm(x, weight, bias, mean, var, train, momentum, eps, cudnn)
 
 
+def _by_statistics(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float
+) -> Tensor:
+    if weight is not None and bias is not None and members_norm.serves_inference(x, weight, bias):
+        return members_norm.at_inference(x, weight, bias, mean, var, eps)
+    return _batch_norm(x, weight, bias, mean, var, False, 0.0, eps)
+
+
 def _normalize(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Outputs, mean and unbiased variance per channel, in one pass over the batch."""
-    # What F.batch_norm itself calls; it keeps the statistics to itself. Checked with torch 2.11
-    # and 2.15.
-    outputs, mean, inverse_std = torch._native_batch_norm_legit(x, weight, bias, True, 0.0, eps)
+    if weight is not None and bias is not None and members_norm.serves_training(x, weight, bias):
+        normalized = members_norm.in_training(x, weight, bias, eps)
+    else:
+        normalized = members_norm.normalize(x, weight, bias, eps)
+    outputs, mean, inverse_std = normalized
     count = math.prod(x.shape) // x.shape[1]
     var = (inverse_std.detach() ** -2 - eps).clamp(min=0)
     return outputs, mean.detach(), var * (count / (count - 1))
