@@ -15,7 +15,7 @@ from torch import Tensor
 from funcnets import _torch
 
 # From how many numbers on a derivative gains more than an autograd Function takes, a millisecond.
-_MANY_NUMBERS = 2**19
+_MANY_NUMBERS = 2**20
 
 
 def serves_inference(x: Tensor, weight: Tensor, bias: Tensor) -> bool:

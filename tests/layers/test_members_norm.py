@@ -203,10 +203,10 @@ def test_gradients_at_inference():
 @pytest.mark.parametrize(
     ("shape", "dtype", "affine", "channels"),
     [
-        ((4, 16, 16, 16), torch.float32, True, [512, 512]),
-        ((4, 16, 16, 15), torch.float32, True, []),  # few numbers
-        ((4, 16, 16, 16), torch.bfloat16, True, []),
-        ((4, 16, 16, 16), torch.float32, False, []),
+        ((8, 16, 16, 16), torch.float32, True, [512, 512]),
+        ((8, 16, 16, 15), torch.float32, True, []),  # few numbers
+        ((8, 16, 16, 16), torch.bfloat16, True, []),
+        ((8, 16, 16, 16), torch.float32, False, []),
     ],
 )
 def test_members_are_channels_where_that_is_faster(shape, dtype, affine, channels):
