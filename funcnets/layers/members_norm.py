@@ -19,8 +19,11 @@ _MANY_NUMBERS = 2**20
 
 
 def serves_inference(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
-    """Whether `at_inference` may be used: for members on a CPU, where no derivative is taken."""
-    return _fit(x, weight, bias) and _torch.transforming() and _torch.at_most_one_vmap()
+    """Whether `at_inference` may be used: for members on a CPU, where no derivative is taken.
+
+    Images that are the same for all are not of members: what is computed of them once stays so.
+    """
+    return _fit(x, weight, bias) and _torch.at_most_one_vmap() and _torch.batched(x)
 
 
 def serves_training(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
@@ -28,8 +31,8 @@ def serves_training(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
     return (
         _fit(x, weight, bias)
         and not _torch.abstract()
-        and _torch.vmapping()
         and _torch.first_order()
+        and _torch.batched(x)
         and _torch.physical(x).numel() >= _MANY_NUMBERS
     )
 
